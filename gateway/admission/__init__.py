@@ -1,0 +1,1 @@
+"""Who may come in, and when: places and the queue, limits per key."""

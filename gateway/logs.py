@@ -1,0 +1,183 @@
+"""Log files and stderr, written by one thread so that no request waits for a disk; secrets are masked on the way.
+
+Files are `YYYYmmdd_HHMMSS_<kind>_<instance>.log` in `$DATA_DIR/logs/<LOG_NAME>[-<WORKER_TYPE>]/`, with `latest.txt`
+naming the newest of each kind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import queue
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+MAX_FILE_BYTES = 50 * 1024 * 1024
+MAX_AGE_SECONDS = 14 * 86_400
+KEEP_FILES = 20  # of each kind
+
+_SECRET = re.compile(r"sk-[A-Za-z0-9_-]+-[A-Za-z0-9_-]{43}|(?<=Bearer )[^\s\"']+")
+
+
+class LogFile:
+    """One rotated file of one kind. A disk that refuses is counted and tried again a minute later."""
+
+    def __init__(self, folder: Path, kind: str, instance: str) -> None:
+        self.folder, self.kind, self.instance = folder, kind, instance
+        self.errors = 0
+        self._stream: IO[bytes] | None = None
+        self._bytes = 0
+        self._retry_at = 0.0
+
+    def write(self, data: bytes) -> bool:
+        """False where the bytes could not be kept."""
+        if self._stream is None and time.monotonic() < self._retry_at:
+            return False
+        try:
+            if self._stream is None or self._bytes > MAX_FILE_BYTES:
+                self._open()
+            assert self._stream is not None
+            self._stream.write(data)
+            self._stream.flush()
+        except OSError:
+            self.errors += 1
+            self._retry_at = time.monotonic() + 60
+            self.close()
+            return False
+        self._bytes += len(data)
+        return True
+
+    def close(self) -> None:
+        if self._stream is not None:
+            with contextlib.suppress(OSError):
+                self._stream.close()
+            self._stream = None
+
+    def _open(self) -> None:
+        self.close()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = f"{time.strftime('%Y%m%d_%H%M%S')}_{self.kind}_{self.instance}.log"
+        path = self.folder / name
+        self._stream = path.open("ab")
+        self._bytes = path.stat().st_size
+        files = sorted(self.folder.glob(f"*_{self.kind}_*.log"))
+        for index, old in enumerate(files):
+            too_old = time.time() - old.stat().st_mtime > MAX_AGE_SECONDS
+            if old != path and (too_old or len(files) - index > KEEP_FILES):
+                old.unlink(missing_ok=True)
+        self._note_latest(name)
+
+    def _note_latest(self, name: str) -> None:
+        latest = self.folder / "latest.txt"
+        lines = latest.read_text().splitlines() if latest.is_file() else []
+        others = [line for line in lines if f"_{self.kind}_" not in line]
+        latest.write_text("\n".join([*others, name]) + "\n")
+
+
+class LogWriter(threading.Thread):
+    """Formats and writes. `put` never blocks; beyond 10,000 waiting entries it drops and counts."""
+
+    def __init__(self, folder: Path, instance: str, as_json: bool, secrets: list[str]) -> None:
+        super().__init__(name="log writer", daemon=True)
+        self.dropped = 0
+        self._queue: queue.SimpleQueue[logging.LogRecord | bytes | None] = queue.SimpleQueue()
+        self._as_json = as_json
+        self._secrets = secrets
+        self._gateway = LogFile(folder, "gateway", instance)
+        self._server = LogFile(folder, "server", instance)
+
+    @property
+    def errors(self) -> int:
+        return self._gateway.errors + self._server.errors
+
+    def put(self, entry: logging.LogRecord | bytes) -> None:
+        """A record goes to stderr and the gateway's file; bytes are a llama-server's own output."""
+        if self._queue.qsize() > 10_000:
+            self.dropped += 1
+        else:
+            self._queue.put(entry)
+
+    def add_secret(self, secret: str) -> None:
+        self._secrets.append(secret)
+
+    def run(self) -> None:
+        while (entry := self._queue.get()) is not None:
+            if isinstance(entry, bytes):
+                self._server.write(self.mask(entry.decode(errors="replace")).encode())
+                continue
+            line = self.mask(self.format(entry)) + "\n"
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.write(line)
+                sys.stderr.flush()
+            self._gateway.write(line.encode(errors="replace"))
+        self._gateway.close()
+        self._server.close()
+
+    def stop(self) -> None:
+        self._queue.put(None)
+        self.join(timeout=5)
+
+    def mask(self, text: str) -> str:
+        for secret in self._secrets:
+            if secret in text:
+                text = text.replace(secret, "***")
+        return _SECRET.sub("***", text)
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
+        if record.exc_info:
+            message += "\n" + logging.Formatter().formatException(record.exc_info)
+        about = {name: value for name in ("request_id", "key_id", "model") if (value := getattr(record, name, None))}
+        if self._as_json:
+            row: dict[str, Any] = {"time": _stamp(record.created), "level": record.levelname.lower()}
+            row |= {"request_id": None, "key_id": None, "model": None} | about
+            return json.dumps(row | {"logger": record.name, "message": message}, ensure_ascii=False)
+        tail = "".join(f" {name}={value}" for name, value in about.items())
+        return f"{_stamp(record.created)} {record.levelname:<7} {_one_line(message)}{tail}"
+
+
+class _Handler(logging.Handler):
+    def __init__(self, writer: LogWriter) -> None:
+        super().__init__()
+        self._writer = writer
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._writer.put(record)
+
+
+@contextlib.contextmanager
+def logging_to(folder: Path, instance: str, *, level: str, as_json: bool, secrets: list[str]) -> Iterator[LogWriter]:
+    """Send the root logger through a LogWriter for as long as the block runs."""
+    writer = LogWriter(folder, instance, as_json, secrets)
+    handler = _Handler(writer)
+    root = logging.getLogger()
+    before = root.level
+    root.addHandler(handler)
+    root.setLevel(level.upper())
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    writer.start()
+    try:
+        yield writer
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(before)
+        writer.stop()
+
+
+def log_folder(data_dir: Path, log_name: str, worker_type: str | None) -> Path:
+    return data_dir / "logs" / (f"{log_name}-{worker_type}" if worker_type else log_name)
+
+
+def _stamp(created: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(created)) + f".{int(created % 1 * 1000):03d}Z"
+
+
+def _one_line(message: str) -> str:
+    """A client's text must not forge a second log line; tracebacks keep their lines, indented."""
+    return message.replace("\r", "\\r").replace("\n", "\n    ")

@@ -1,0 +1,1 @@
+"""The herd: which models there are, their llama-servers, and the memory they need."""

@@ -1,0 +1,205 @@
+"""The one state machine: what the service and each model are doing, published to a file for the health server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+
+class ServiceState(StrEnum):
+    STARTING = "starting"
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+class ModelState(StrEnum):
+    OFF = "off"
+    DOWNLOADING = "downloading"
+    STARTING = "starting"
+    LOADING = "loading"
+    READY = "ready"
+    STOPPING = "stopping"
+    CRASHED = "crashed"
+    FAILED = "failed"
+
+
+@dataclass(slots=True)
+class ModelStatus:
+    """What is known of one model. Times are unix seconds, progress is 0–1, memory MiB."""
+
+    alias: str
+    state: ModelState = ModelState.OFF
+    port: int | None = None
+    pid: int | None = None
+    slots: int | None = None
+    started_at: float | None = None
+    last_used_at: float | None = None
+    load_progress: float | None = None
+    error_message: str | None = None
+    vram_used_mb: int | None = None
+    updated_at: float = field(default_factory=time.time)
+    settled: bool = False  # it has answered since its start or its last crash
+
+    def as_json(self) -> dict[str, Any]:
+        row = asdict(self)
+        del row["settled"]
+        row["status"] = row["state"]
+        return row
+
+
+@dataclass(frozen=True, slots=True)
+class Required:
+    """A model that must be resident, as `service_state` sees it."""
+
+    state: ModelState
+    settled: bool
+
+
+def service_state(required: list[Required], single: bool, was_ready: bool) -> ServiceState:
+    """The state of an accepting service (CONTRACT 2), from its resident models.
+
+    With nothing to preload it is ready at once. An idle unload keeps ready (the model stays settled); a crash
+    unsettles: with one model that means loading again, among several the service stays ready.
+    """
+    if not required:
+        return ServiceState.READY
+    if all(model.state is ModelState.FAILED for model in required):
+        return ServiceState.FAILED
+    ended = [model.settled or model.state is ModelState.FAILED for model in required]
+    if single:
+        return ServiceState.READY if required[0].settled else ServiceState.LOADING
+    if was_ready:
+        return ServiceState.READY
+    return ServiceState.READY if all(ended) and any(model.settled for model in required) else ServiceState.LOADING
+
+
+class Board:
+    """Holds the state. Everyone reads it; the runtime and the models' owners write it; nobody else."""
+
+    def __init__(self) -> None:
+        self.status = ServiceState.STARTING
+        self.since = time.time()
+        self.detail = "starting"
+        self.started_at = self.since
+        self.models: dict[str, ModelStatus] = {}
+        self.single = True
+        self._required: tuple[str, ...] = ()
+        self._listeners: list[Callable[[str | None], None]] = []
+
+    def add_model(self, model_id: str, *, required: bool) -> None:
+        self.models[model_id] = ModelStatus(alias=model_id)
+        if required:
+            self._required += (model_id,)
+
+    def listen(self, callback: Callable[[str | None], None]) -> Callable[[], None]:
+        """`callback(model id, or None for the service)` after each change; returns the way to stop listening."""
+        self._listeners.append(callback)
+        return lambda: self._listeners.remove(callback)
+
+    def set_service(self, status: ServiceState, detail: str) -> None:
+        if (status, detail) == (self.status, self.detail):
+            return
+        if status is not self.status:
+            self.since = time.time()
+        self.status, self.detail = status, detail
+        self._tell(None)
+
+    def set_model(self, model_id: str, state: ModelState | None = None, **changes: Any) -> None:
+        model = self.models[model_id]
+        for name, value in changes.items():
+            setattr(model, name, value)
+        if state is not None:
+            model.state = state
+            if state is ModelState.READY:
+                model.settled = True
+            elif state in (ModelState.CRASHED, ModelState.FAILED):
+                model.settled = False
+        model.updated_at = time.time()
+        self._tell(model_id)
+        if self.status in (ServiceState.LOADING, ServiceState.READY, ServiceState.FAILED):
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Derive the service's state anew; the runtime calls it once when it begins to accept."""
+        models = [self.models[name] for name in self._required]
+        was_ready = self.status is ServiceState.READY
+        status = service_state([Required(m.state, m.settled) for m in models], self.single, was_ready)
+        self.set_service(status, self._describe(status, models))
+
+    @staticmethod
+    def _describe(status: ServiceState, models: list[ModelStatus]) -> str:
+        if status is ServiceState.READY:
+            return "accepting requests"
+        if status is ServiceState.FAILED:
+            return "; ".join(f"{m.alias}: {m.error_message or 'failed'}" for m in models)
+        return ", ".join(f"{m.alias} is {m.state}" for m in models if not m.settled)
+
+    def _tell(self, what: str | None) -> None:
+        for listener in tuple(self._listeners):
+            listener(what)
+
+    def snapshot(self) -> dict[str, Any]:
+        return {
+            "status": self.status,
+            "since": self.since,
+            "detail": self.detail,
+            "models": {name: model.as_json() for name, model in self.models.items()},
+        }
+
+
+HEARTBEAT_SECONDS = 1.0
+
+
+@contextlib.asynccontextmanager
+async def publishing(board: Board, path: Path | None) -> AsyncIterator[None]:
+    """Keep `path` (on tmpfs) up to date: at each change, and each second as a heartbeat.
+
+    The heartbeat is CLOCK_MONOTONIC, which all processes of a machine share and no clock step moves. It comes from
+    the loop itself, so that a blocked loop looks as dead as it is.
+    """
+    if path is None:
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    pending: asyncio.Handle | None = None
+
+    def write() -> None:
+        nonlocal pending
+        pending = None
+        record = board.snapshot() | {"heartbeat": time.monotonic(), "pid": os.getpid()}
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        with contextlib.suppress(OSError):  # the health server then sees no heartbeat, and says so
+            temporary.write_text(json.dumps(record))
+            temporary.replace(path)
+
+    def changed(_: str | None) -> None:
+        nonlocal pending
+        if pending is None:
+            pending = loop.call_soon(write)
+
+    async def beat() -> None:
+        while True:
+            write()
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+
+    stop_listening = board.listen(changed)
+    task = asyncio.create_task(beat(), name="state heartbeat")
+    try:
+        yield
+    finally:
+        stop_listening()
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        write()
