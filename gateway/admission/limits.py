@@ -21,7 +21,7 @@ class Reservation:
     _at: float
     limit: int
     remaining: int
-    reset: float  # seconds until the window is empty again
+    reset: float  # seconds until the oldest counted request leaves the window
 
     def refund(self) -> None:
         """The request was rejected later and has cost nothing; a second call does nothing."""

@@ -78,6 +78,8 @@ class Queue:
         """
         loop = asyncio.get_running_loop()
         places = min(ticket.places, self.capacity)
+        if self._closed:
+            raise ShuttingDown("the service is shutting down", retry_after=5)
         if places:
             await self._enter(ticket, places, loop)
         begun = loop.time()
@@ -103,8 +105,6 @@ class Queue:
         return max(1.0, self._service_seconds * (len(self._waiting) + 1) / max(1, self.capacity))
 
     async def _enter(self, ticket: Ticket, places: int, loop: asyncio.AbstractEventLoop) -> None:
-        if self._closed:
-            raise ShuttingDown("the service is shutting down", retry_after=5)
         if not self._waiting and self.active + places <= self.capacity:
             self.active += places
             return

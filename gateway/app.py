@@ -1,0 +1,87 @@
+"""The request's path on one screen: middleware in order, then the routes with the scope that each needs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from aiohttp import web
+
+from gateway.errors import ConfigError
+from gateway.http import admin, models, ops
+from gateway.http.context import RUNTIME, on_prepare
+from gateway.http.inference import ROUTES, infer
+from gateway.http.middleware.auth import SCOPE_OF, auth
+from gateway.http.middleware.cors import cors
+from gateway.http.middleware.errors import errors
+from gateway.http.middleware.limits import limits
+from gateway.http.middleware.request_id import request_id
+from gateway.http.protocol import connection_factory, expire_connections
+from gateway.runtime import Runtime
+
+MIDDLEWARE = (request_id, cors, errors, limits, auth)
+
+# method, path, handler, scope (None: no key)
+TABLE = (
+    ("GET", "/ping", ops.ping, None),
+    ("GET", "/healthz", ops.healthz, None),
+    ("GET", "/readyz", ops.readyz, None),
+    ("GET", "/health", ops.health, None),
+    ("GET", "/metrics", ops.metrics, "metrics"),
+    *(("POST", template, infer, "infer") for template in ROUTES),
+    ("GET", "/v1/models", models.list_models, "infer"),
+    ("GET", "/v1/models/status", models.all_status, "infer"),
+    ("GET", "/v1/models/failed", models.failed, "infer"),
+    ("GET", "/v1/models/status/{model}", models.one_status, "infer"),
+    ("GET", "/v1/models/{model}/status", models.one_status, "infer"),
+    ("GET", "/v1/models/{model}", models.get_model, "infer"),
+    ("GET", "/models", models.list_files, "infer"),
+    ("GET", "/status", models.instances, "infer"),
+    ("GET", "/v1/queue/stats", models.queue_stats, "infer"),
+    ("POST", "/reload", admin.reload, "admin"),
+    ("GET", "/upstream/{model}/{what}", admin.upstream, "admin"),
+)
+
+BACKLOG = 4096  # aiohttp's 128 drops connections when some hundred clients come at once
+
+
+def create_app(runtime: Runtime) -> web.Application:
+    app = web.Application(middlewares=MIDDLEWARE)
+    app[RUNTIME] = runtime
+    app[SCOPE_OF] = {}
+    for method, path, handler, scope in TABLE:
+        app.router.add_route(method, path, handler)
+        if method == "GET":
+            app.router.add_route("HEAD", path, handler)
+        app[SCOPE_OF][path] = scope
+    app.on_response_prepare.append(on_prepare)
+    return app
+
+
+@contextlib.asynccontextmanager
+async def listening(runtime: Runtime) -> AsyncIterator[int]:
+    """Serve HTTP for as long as the block runs; gives the port. Raises ConfigError where it cannot be had.
+
+    Requests that run when the block ends are cancelled: what they hold goes back, and their clients are told.
+    """
+    settings = runtime.settings
+    runner = web.AppRunner(
+        create_app(runtime), handler_cancellation=True, handle_signals=False, access_log=None, shutdown_timeout=0.1
+    )
+    await runner.setup()
+    assert runner.server is not None
+    try:
+        server = await asyncio.get_running_loop().create_server(
+            connection_factory(runner.server, settings), settings.host, settings.port, backlog=BACKLOG
+        )
+    except OSError as error:
+        await runner.cleanup()
+        raise ConfigError([f"PORT={settings.port}: cannot listen on {settings.host}: {error.strerror}"]) from None
+    inner, header_timeout = runner.server, settings.client_header_timeout
+    runtime.ticks.append(lambda now: expire_connections(inner, now, header_timeout))
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        await runner.cleanup()

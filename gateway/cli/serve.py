@@ -1,0 +1,108 @@
+"""`corral serve`: open the house, say when it is ready, close it on a signal."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+
+import uvloop
+
+from gateway.errors import ConfigError
+from gateway.logs import LogWriter, log_folder, logging_to
+from gateway.runtime import Runtime, open_runtime
+from gateway.settings import Settings, instance_name, load_settings, secrets_in_force
+from gateway.state import ServiceState
+
+log = logging.getLogger("corral.serve")
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "serve",
+        help="run the gateway",
+        description="Run the gateway alone. Everything is set by environment variables; see README.md.",
+        epilog="example:\n  MODEL_NAME=qwen.gguf DATA_DIR=/srv/corral corral serve",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=lambda _: run())
+
+
+def run() -> int:
+    try:
+        settings = load_settings()
+    except ConfigError as error:
+        return _refuse(error)
+    folder = log_folder(settings.data_dir, settings.log_name, settings.worker_type)
+    with logging_to(
+        folder,
+        instance_name(),
+        level=settings.log_level,
+        as_json=settings.log_format == "json",
+        secrets=secrets_in_force(settings),
+    ) as writer:
+        for warning in settings.warnings:
+            log.warning("%s", warning)
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(_serve(settings, writer))
+        except ConfigError as error:
+            return _refuse(error)
+    return 0
+
+
+async def _serve(settings: Settings, writer: LogWriter) -> None:
+    stop, hurry = asyncio.Event(), asyncio.Event()
+    _on_signals(stop, hurry)
+    async with open_runtime(settings, writer) as runtime:
+        from gateway.app import listening  # while llama-server loads: importing aiohttp takes longer than all before
+
+        async with listening(runtime):
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, runtime.reload)
+            _announce_when_ready(runtime)
+            runtime.accept()
+            await stop.wait()
+            await runtime.drain(hurry)
+        if hurry.is_set():
+            runtime.manager.kill()
+
+
+def _on_signals(stop: asyncio.Event, hurry: asyncio.Event) -> None:
+    """The first SIGTERM or SIGINT drains, a second one ends it at once."""
+
+    def received() -> None:
+        if stop.is_set():
+            hurry.set()
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, received)
+
+
+def _announce_when_ready(runtime: Runtime) -> None:
+    """One stable line on stdout at the first readiness; platforms wait for it."""
+    said = False
+
+    def changed(_: str | None) -> None:
+        nonlocal said
+        if said or runtime.board.status is not ServiceState.READY:
+            return
+        said = True
+        settings = runtime.settings
+        host = "127.0.0.1" if settings.host in ("0.0.0.0", "::", "") else settings.host
+        names = ", ".join(runtime.manager.registry.specs)
+        runtime.events.emit("server.ready", f"listening on {settings.host}:{settings.port}")
+        try:
+            print(f"Corral is ready: http://{host}:{settings.port}/v1 serves {names}", flush=True)
+        except OSError:
+            log.warning("stdout is closed; nobody saw the ready line")
+
+    runtime.board.listen(changed)
+
+
+def _refuse(error: ConfigError) -> int:
+    for problem in error.problems:
+        print(f"corral: {problem}", file=sys.stderr)
+    return 1

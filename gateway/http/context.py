@@ -1,0 +1,51 @@
+"""What the middlewares learn of a request and its handler needs, and the headers that every answer carries."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+from aiohttp import web
+
+from gateway.pipeline.splice import Headers
+from gateway.runtime import Runtime
+from gateway.stores.keyfile import Key
+
+RUNTIME = web.AppKey("runtime", Runtime)
+
+REQUEST_ID = web.RequestKey("request_id", str)
+TRACEPARENT = web.RequestKey("traceparent", str)
+RECEIVED_AT = web.RequestKey("received_at", float)  # on the loop's clock
+ORIGIN = web.RequestKey("origin", str)  # an allowed one
+KEY = web.RequestKey("key", Key)
+ACCOUNTED = web.RequestKey("accounted", bool)  # the spine has counted it
+CALLER = web.RequestKey("caller", str)  # whose limits a request counts on
+
+EXPOSED = (
+    "x-request-id, x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, "
+    "x-queue-time-ms, x-cache, openai-processing-ms, retry-after"
+)
+
+_REASON = {status.value: status.phrase for status in HTTPStatus}
+
+
+def common_headers(request: web.Request) -> Headers:
+    """On every response: the request's id, and CORS where the origin is allowed."""
+    headers: Headers = [("x-request-id", request[REQUEST_ID])]
+    origin = request.get(ORIGIN)
+    if origin is not None:
+        headers += [("Access-Control-Allow-Origin", origin), ("Access-Control-Expose-Headers", EXPOSED)]
+        if origin != "*":
+            headers.append(("Vary", "Origin"))
+    return headers
+
+
+async def on_prepare(request: web.Request, response: web.StreamResponse) -> None:
+    """For the responses that aiohttp writes; a splice writes its own head."""
+    response.headers["Server"] = "Corral"
+    for name, value in common_headers(request):
+        response.headers[name] = value
+
+
+def response_head(status: int, headers: Headers) -> bytes:
+    lines = [f"HTTP/1.1 {status} {_REASON.get(status, '')}", *[f"{name}: {value}" for name, value in headers]]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")

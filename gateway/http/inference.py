@@ -1,0 +1,182 @@
+"""The inference routes: a request becomes a Call, its answer is spliced to the client's socket."""
+
+from __future__ import annotations
+
+import asyncio
+
+from aiohttp import HttpVersion11, web
+
+from gateway.errors import (
+    BadRequest,
+    ClientTimeout,
+    CorralError,
+    PayloadTooLarge,
+    ShuttingDown,
+    UnsupportedMediaType,
+)
+from gateway.http.context import (
+    ACCOUNTED,
+    CALLER,
+    KEY,
+    RECEIVED_AT,
+    REQUEST_ID,
+    RUNTIME,
+    TRACEPARENT,
+    common_headers,
+    response_head,
+)
+from gateway.http.protocol import ClientConnection, Relayed
+from gateway.pipeline.call import Call, Route, parse_json_object, take_model, take_places, take_stream
+from gateway.pipeline.dialects import Dialect
+from gateway.pipeline.splice import Headers, Splice
+from gateway.settings import Settings
+
+# Route template → llama-server's own path. Beware: without /v1 `completions` and `embeddings` are llama-server's
+# native ones, and answer in another shape.
+ROUTES = {
+    template: Route(template, upstream, dialect)
+    for dialect, upstream, templates in (
+        (Dialect.CHAT, "/v1/chat/completions", ("/v1/chat/completions", "/chat/completions")),
+        (Dialect.COMPLETIONS, "/v1/completions", ("/v1/completions",)),
+        (Dialect.NATIVE, "/completion", ("/completion", "/completions")),
+        (Dialect.NATIVE, "/infill", ("/infill",)),
+        (Dialect.RESPONSES, "/v1/responses", ("/v1/responses", "/responses")),
+        (Dialect.MESSAGES, "/v1/messages", ("/v1/messages",)),
+        (Dialect.COUNT_TOKENS, "/v1/messages/count_tokens", ("/v1/messages/count_tokens",)),
+        (Dialect.EMBEDDINGS, "/v1/embeddings", ("/v1/embeddings",)),
+        (Dialect.EMBEDDINGS, "/embeddings", ("/embeddings", "/embedding")),
+        (Dialect.RERANK, "/v1/rerank", ("/v1/rerank", "/rerank", "/v1/reranking", "/reranking")),
+        (Dialect.TOKENIZE, "/tokenize", ("/tokenize", "/v1/tokenize")),
+        (Dialect.DETOKENIZE, "/detokenize", ("/detokenize", "/v1/detokenize")),
+        (Dialect.APPLY_TEMPLATE, "/apply-template", ("/apply-template", "/v1/apply-template")),
+        (
+            Dialect.TRANSCRIPTIONS,
+            "/v1/audio/transcriptions",
+            ("/v1/audio/transcriptions", "/audio/transcriptions"),
+        ),
+    )
+    for template in templates
+}
+PRIORITIES = ("high", "normal", "low")
+
+
+async def infer(request: web.Request) -> web.StreamResponse:
+    runtime = request.app[RUNTIME]
+    connection, transport = request.protocol, request.transport
+    assert isinstance(connection, ClientConnection)
+    call = make_call(request, await read_body(request, runtime.settings))
+    if transport is None:
+        raise ConnectionResetError("the client has left")
+    keep_alive = request.keep_alive and request.version >= HttpVersion11
+
+    def head(status: int, headers: Headers) -> bytes:
+        took = int((asyncio.get_running_loop().time() - call.received_at) * 1000)
+        about = [("openai-processing-ms", str(took))] + ([] if keep_alive else [("Connection", "close")])
+        return response_head(status, headers + common_headers(request) + call.headers_out + about)
+
+    splice = Splice(
+        transport,
+        head,
+        call.route.dialect,
+        runtime.accounts.meter(),
+        stream=call.stream,
+        chunked=request.version >= HttpVersion11,
+    )
+    connection.splice = splice
+    request[ACCOUNTED] = True
+    if call.stream:
+        runtime.pinger.add(splice)
+    try:
+        await runtime.spine.forward(call, splice)
+    except CorralError as error:
+        if not splice.begun:
+            error.extra_headers = dict(call.headers_out) | error.extra_headers
+            raise
+        splice.fail(error)
+    except BaseException:  # cancelled: the client left, or the service ends
+        if splice.begun:
+            splice.fail(ShuttingDown("the service is shutting down"))
+        raise
+    finally:
+        connection.splice = None
+        runtime.pinger.discard(splice)
+    return Relayed(keep_alive=keep_alive and not splice.was_cut)
+
+
+def make_call(request: web.Request, body: bytes) -> Call:
+    """Raises BadRequest, InvalidJSON, UnsupportedMediaType."""
+    resource = request.match_info.route.resource
+    assert resource is not None
+    route = ROUTES[resource.canonical]
+    call = Call(
+        route=route,
+        key=request[KEY],
+        caller=request[CALLER],
+        request_id=request[REQUEST_ID],
+        traceparent=request[TRACEPARENT],
+        received_at=request[RECEIVED_AT],
+        model=None,
+        fields={},
+        size=len(body),
+    )
+    if route.dialect is Dialect.TRANSCRIPTIONS:
+        if request.content_type != "multipart/form-data":
+            raise UnsupportedMediaType("audio is sent as multipart/form-data")
+        call.raw, call.content_type = body, request.headers["Content-Type"]
+        return call
+    if "Content-Type" in request.headers and not _is_json(request.content_type):
+        raise UnsupportedMediaType(f"Content-Type is {request.content_type}: send application/json")
+    call.fields = parse_json_object(body)
+    call.model = take_model(call.fields)
+    call.stream = route.dialect.generates and take_stream(call.fields)
+    call.places = take_places(call.fields)
+    call.priority = priority(request.headers.get("X-Request-Priority"))
+    call.max_wait = max_wait(request.headers.get("X-Request-Timeout"))
+    return call
+
+
+def priority(text: str | None) -> str:
+    if text is None:
+        return "normal"
+    if text.lower() not in PRIORITIES:
+        raise BadRequest(f"X-Request-Priority is {text[:40]!r}: must be one of {', '.join(PRIORITIES)}")
+    return text.lower()
+
+
+def max_wait(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < 1e9:
+        raise BadRequest(f"X-Request-Timeout is {text[:40]!r}: must be seconds, more than 0")
+    return seconds
+
+
+async def read_body(request: web.Request, settings: Settings) -> bytes:
+    """The whole body within CLIENT_BODY_TIMEOUT. Raises PayloadTooLarge, ClientTimeout, UnsupportedMediaType."""
+    encoding = request.headers.get("Content-Encoding", "identity")
+    if encoding.lower() != "identity":
+        raise UnsupportedMediaType(f"Content-Encoding is {encoding[:40]}: send the body as it is")
+    content = request.content
+    if content.is_eof():
+        return content.read_nowait(-1) if content.total_bytes else b""
+    bound = settings.max_request_body_size
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(settings.client_body_timeout):
+            while part := await content.readany():
+                parts.append(part)
+                size += len(part)
+                if size > bound:
+                    raise PayloadTooLarge(f"the body is larger than the {bound} bytes of MAX_REQUEST_BODY_SIZE")
+    except TimeoutError:
+        raise ClientTimeout(f"the request's body was not complete within {settings.client_body_timeout:g} s") from None
+    return b"".join(parts)
+
+
+def _is_json(content_type: str) -> bool:
+    return content_type == "application/json" or content_type.endswith("+json")

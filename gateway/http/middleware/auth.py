@@ -1,0 +1,73 @@
+"""Fifth: who is it, and may they use this route? Public routes have no scope and pass."""
+
+from __future__ import annotations
+
+import ipaddress
+from functools import lru_cache
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from gateway.errors import InsufficientScope, Unauthorized
+from gateway.http.context import CALLER, KEY, RUNTIME
+from gateway.stores.keyfile import SCOPES, Key
+from gateway.stores.keys import presented
+
+ANONYMOUS = Key(id="anonymous", scopes=frozenset(SCOPES))
+SCOPE_OF = web.AppKey("scope_of", dict[str, str | None])  # route template → scope; None: public
+
+
+@web.middleware
+async def auth(request: web.Request, handler: Handler) -> web.StreamResponse:
+    runtime = request.app[RUNTIME]
+    scope = needed_scope(request)
+    if scope is None or (scope == "metrics" and not runtime.settings.metrics_auth_enabled):
+        return await handler(request)
+    if not runtime.settings.auth_enabled:
+        request[KEY] = ANONYMOUS
+        request[CALLER] = client_address(request, runtime.settings.trusted_proxies)
+        return await handler(request)
+    headers = request.headers
+    secret = presented(headers.get("Authorization"), headers.get("x-api-key"))
+    key = runtime.keys.lookup(secret) if secret else None
+    if key is None:
+        try:
+            address = client_address(request, runtime.settings.trusted_proxies)
+            key = await runtime.keys.authenticate(secret, address)
+        except Unauthorized:
+            runtime.metrics.auth_failures.inc()
+            raise
+    if not key.has(scope):
+        raise InsufficientScope(f"the key {key.id} lacks the scope {scope}, which this route needs")
+    request[KEY] = key
+    request[CALLER] = key.id
+    return await handler(request)
+
+
+def needed_scope(request: web.Request) -> str | None:
+    """A path that does not exist asks for a key too: strangers learn nothing from it."""
+    resource = request.match_info.route.resource
+    if resource is None:
+        return "infer"
+    return request.app[SCOPE_OF].get(resource.canonical, "infer")
+
+
+def client_address(request: web.Request, trusted: tuple[str, ...]) -> str:
+    """The peer's address, or the last one in X-Forwarded-For that is not a trusted proxy's own."""
+    peer = request.remote or "unknown"
+    if not trusted or not _is_trusted(peer, trusted):
+        return peer
+    for hop in reversed(request.headers.get("X-Forwarded-For", "").split(",")):
+        address = hop.strip()
+        if address and not _is_trusted(address, trusted):
+            return address
+    return peer
+
+
+@lru_cache(maxsize=4096)
+def _is_trusted(address: str, trusted: tuple[str, ...]) -> bool:
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return any(parsed in ipaddress.ip_network(network, strict=False) for network in trusted)

@@ -1,0 +1,68 @@
+"""Third: whatever is raised behind this becomes an answer in the one error shape, or in the route's dialect."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from gateway.errors import (
+    BadRequest,
+    CorralError,
+    MethodNotAllowed,
+    NotFound,
+    PayloadTooLarge,
+)
+from gateway.http.context import REQUEST_ID
+
+log = logging.getLogger("corral.http")
+
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+@web.middleware
+async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except CorralError as error:
+        return render(request, error)
+    except web.HTTPException as error:
+        return render(request, translate(error))
+    except ConnectionError:
+        raise  # the client is gone; there is nobody to tell
+    except Exception:
+        log.exception("%s %s failed", request.method, request.path, extra={"request_id": request.get(REQUEST_ID)})
+        return render(request, CorralError("something went wrong inside the gateway; its log has the details"))
+
+
+def render(request: web.Request, error: CorralError) -> web.Response:
+    body: dict[str, Any] = error.body()
+    if request.path.startswith(("/v1/messages", "/messages")):
+        kind = _ANTHROPIC_TYPES.get(error.status, "api_error")
+        body = {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": request[REQUEST_ID]}
+    response = web.json_response(body, status=error.status, headers=error.headers())
+    if error.status in (408, 413):
+        response.force_close()  # the rest of the body is not worth reading
+    return response
+
+
+def translate(error: web.HTTPException) -> CorralError:
+    """aiohttp's own refusals."""
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(error.allowed_methods))
+        return MethodNotAllowed(f"{error.method} is not allowed here; use {allowed}", headers={"Allow": allowed})
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        return PayloadTooLarge("the body is larger than MAX_REQUEST_BODY_SIZE")
+    if error.status == 404:
+        return NotFound("there is no such route")
+    return BadRequest(error.reason or "the request cannot be served")

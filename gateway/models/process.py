@@ -1,0 +1,145 @@
+"""One run of a llama-server: spawn, output, exit, bounded stop. The only place that starts processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
+
+KILL_AFTER_SECONDS = 10.0
+_TAIL_LINES = 40
+
+
+class Process(asyncio.SubprocessProtocol):
+    """A child in its own process group that dies with the gateway, however that dies.
+
+    Its output comes in whole reads, goes to `output`, and the last lines are kept to explain an exit.
+    """
+
+    def __init__(self, output: Callable[[bytes], None]) -> None:
+        self._output = output
+        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._partial = b""
+        self._transport: asyncio.SubprocessTransport | None = None
+        self._exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    @classmethod
+    async def spawn(
+        cls, argv: Sequence[str], environment: Mapping[str, str], output: Callable[[bytes], None]
+    ) -> Process:
+        """Raises OSError where the program cannot be started.
+
+        The parent-death signal is set by setpriv and fires when the *thread* that spawned ends: call this from the
+        main thread.
+        """
+        loop = asyncio.get_running_loop()
+        _, process = await loop.subprocess_exec(
+            lambda: cls(output),
+            *parent_death_prefix(),
+            *argv,
+            env=dict(environment),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+        )
+        return process
+
+    @property
+    def pid(self) -> int:
+        assert self._transport is not None
+        return self._transport.get_pid()
+
+    @property
+    def running(self) -> bool:
+        return not self._exited.done()
+
+    @property
+    def status(self) -> int:
+        """Of an ended process."""
+        return self._exited.result()
+
+    @property
+    def last_lines(self) -> list[str]:
+        return [*self._tail, self._partial.decode(errors="replace")] if self._partial else list(self._tail)
+
+    async def wait(self) -> int:
+        """The exit status; negative for a signal."""
+        return await asyncio.shield(self._exited)
+
+    async def stop(self, kill_after: float = KILL_AFTER_SECONDS) -> int:
+        """SIGTERM, and SIGKILL to the whole group after `kill_after` seconds. If cancelled, it kills at once."""
+        if self.running:
+            self._signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(kill_after):
+                return await self.wait()
+        except TimeoutError:
+            self.kill()
+            return await self.wait()
+        except asyncio.CancelledError:
+            self.kill()
+            raise
+
+    def kill(self) -> None:
+        if self.running:
+            self._signal(signal.SIGKILL)
+
+    def explain(self, status: int) -> str:
+        """One sentence about an exit, with the line of output that most likely says why."""
+        if status < 0:
+            how = f"llama-server was ended by {signal.Signals(-status).name}"
+        else:
+            how = f"llama-server exited with status {status}"
+        lines = [line.strip() for line in self.last_lines if line.strip()]
+        telling = [line for line in lines if any(word in line.lower() for word in ("error", "failed", "abort"))]
+        why = (telling or lines or [""])[0 if telling else -1]
+        return f"{how}: {why[:300]}" if why and status >= 0 else how
+
+    # --- asyncio's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.SubprocessTransport, transport)
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        self._output(data)
+        lines = (self._partial + data).split(b"\n")
+        self._partial = lines.pop()[-4096:]
+        self._tail.extend(line.decode(errors="replace") for line in lines[-_TAIL_LINES:])
+
+    def process_exited(self) -> None:
+        assert self._transport is not None
+        status = self._transport.get_returncode()
+        if not self._exited.done():
+            self._exited.set_result(status if status is not None else -signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)  # whatever it may have started itself
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+
+def parent_death_prefix() -> list[str]:
+    """The command that makes the kernel end the child when the gateway is killed; empty where there is none."""
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
+
+
+def free_port(preferred: int | None = None) -> int:
+    """`preferred` if nobody listens on it, else any free port of 127.0.0.1."""
+    for port in (preferred, 0) if preferred else (0,):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port or 0))
+            except OSError:
+                continue
+            return cast(int, probe.getsockname()[1])
+    raise OSError("no free port on 127.0.0.1")

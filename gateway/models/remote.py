@@ -1,0 +1,70 @@
+"""The owner of a model that a foreign llama-server serves (`LLAMA_URL`): nothing is spawned, its health is watched."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from gateway.backend import Backend
+from gateway.errors import CorralError
+from gateway.events import Events
+from gateway.models.owner import Owner
+from gateway.models.registry import ModelSpec
+from gateway.state import Board, ModelState
+
+FAST_POLL_SECONDS = 0.25  # until it answers
+SLOW_POLL_SECONDS = 5.0  # while it does
+_HEALTH_SECONDS = 5.0
+
+
+class RemoteOwner(Owner):
+    def __init__(self, spec: ModelSpec, board: Board, events: Events, connect: Callable[[str], Backend]) -> None:
+        super().__init__(spec, board, events)
+        assert spec.url is not None
+        self._server = connect(spec.url)
+
+    @property
+    def server(self) -> Backend:
+        return self._server
+
+    async def close(self) -> None:
+        await super().close()
+        self._server.close()
+
+    def kill(self) -> None:
+        return  # it is not ours
+
+    async def notice_death(self, generation: int) -> None:
+        if self.backend is not None and generation == self.generation and not await self._healthy():
+            self._gone()
+
+    async def _live(self) -> None:
+        self._set(ModelState.LOADING)
+        while True:
+            healthy = await self._healthy()
+            if healthy and self.backend is None:
+                await self._ready(self._server)
+                self._events.emit("model.loaded", f"{self.spec.id} answers at {self.spec.url}", model=self.spec.id)
+            elif not healthy and self.backend is not None:
+                self._gone()
+            self._wake.clear()
+            try:
+                async with asyncio.timeout(FAST_POLL_SECONDS if self.backend is None else SLOW_POLL_SECONDS):
+                    await self._wake.wait()
+            except TimeoutError:
+                continue
+
+    def _gone(self) -> None:
+        self._not_ready()
+        message = f"no healthy llama-server at {self.spec.url}"
+        self._set(ModelState.CRASHED, error_message=message)
+        self._events.emit("model.crashed", f"{self.spec.id}: {message}", logging.WARNING, model=self.spec.id)
+        self._wake.set()
+
+    async def _healthy(self) -> bool:
+        try:
+            status, _ = await self._server.get("/health", _HEALTH_SECONDS)
+        except CorralError:
+            return False
+        return status == 200

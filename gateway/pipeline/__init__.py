@@ -1,0 +1,1 @@
+"""The one way that every request takes, whichever door it came through."""

@@ -1,0 +1,100 @@
+"""A request, parsed once and validated: what every step of the spine reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import msgspec
+
+from gateway.errors import BadRequest, InvalidJSON
+from gateway.pipeline.dialects import Dialect
+from gateway.stores.keyfile import Key
+
+Fields = dict[str, msgspec.Raw]
+T = TypeVar("T")
+
+_decoder = msgspec.json.Decoder(Fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """An inference route: `template` as metrics and records name it, `upstream` llama-server's own path."""
+
+    template: str
+    upstream: str
+    dialect: Dialect
+
+
+@dataclass(slots=True)
+class Call:
+    """One job, from whichever door. Times are on the loop's clock, in seconds."""
+
+    route: Route
+    key: Key
+    caller: str  # whose limits it counts on: the key's id, or an address where there are no keys
+    request_id: str
+    traceparent: str
+    received_at: float
+    model: str | None
+    fields: Fields
+    size: int  # bytes of the body as it came
+    stream: bool = False
+    places: int = 1
+    priority: str = "normal"
+    max_wait: float | None = None  # the client's own bound on waiting, seconds
+    method: str = "POST"
+    transport: str = "http"
+    raw: bytes | None = None  # a body that is not JSON (audio), forwarded as it is
+    content_type: str = "application/json"
+    headers_out: list[tuple[str, str]] = field(default_factory=list)  # what the spine tells the client in headers
+
+
+def parse_json_object(body: bytes) -> Fields:
+    """The top level of a JSON object, its values still encoded; of repeated names the last one counts.
+
+    Raises InvalidJSON, BadRequest. 20 times faster than decoding it all, and forwarding encodes it anew, so that
+    llama-server never reads it differently from us.
+    """
+    try:
+        body.decode()  # raw values are not checked for UTF-8 by the decoder
+        return _decoder.decode(body)
+    except UnicodeDecodeError as error:
+        raise InvalidJSON(f"the body is not UTF-8 (byte {error.start})") from None
+    except msgspec.ValidationError:
+        raise BadRequest("the body must be a JSON object") from None
+    except msgspec.DecodeError as error:
+        raise InvalidJSON(f"the body is not valid JSON: {error}") from None
+    except RecursionError:
+        raise InvalidJSON("the body is nested too deeply") from None
+
+
+def take_model(fields: Fields) -> str | None:
+    return typed_field(fields, "model", str, "a string")
+
+
+def take_stream(fields: Fields) -> bool:
+    return bool(typed_field(fields, "stream", bool, "true or false"))
+
+
+def take_places(fields: Fields) -> int:
+    """How many slots it takes: one for each of `n` answers."""
+    n = typed_field(fields, "n", int, "a whole number")
+    if n is None:
+        return 1
+    if not 1 <= n <= 128:
+        raise BadRequest(f"n is {n}: must be from 1 to 128", param="n")
+    return n
+
+
+def typed_field(fields: Fields, name: str, kind: type[T], allowed: str) -> T | None:
+    """The value of one field, or None where it is absent or null. Raises BadRequest."""
+    raw = fields.get(name)
+    if raw is None or bytes(raw) == b"null":
+        return None
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except msgspec.DecodeError:
+        raise BadRequest(
+            f"{name} is {bytes(raw)[:40].decode(errors='replace')}: must be {allowed}", param=name
+        ) from None

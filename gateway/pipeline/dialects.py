@@ -1,0 +1,179 @@
+"""The dialects of the inference routes: how each is asked for a stream, how its streams end, how they tell an error.
+
+What is said about llama-server was seen on build 11669.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+_DONE = (b"data: [DONE]", b"data:[DONE]")
+_ERROR_LINES = (b'data: {"error"', b'data:{"error"', b"event: error", b"event:error")
+
+
+class Dialect(enum.Enum):
+    """What a route speaks. The first five generate text; of the others nothing is ever streamed or assembled."""
+
+    CHAT = "chat"
+    COMPLETIONS = "completions"
+    NATIVE = "native"
+    RESPONSES = "responses"
+    MESSAGES = "messages"
+    EMBEDDINGS = "embeddings"
+    RERANK = "rerank"
+    TOKENIZE = "tokenize"
+    DETOKENIZE = "detokenize"
+    APPLY_TEMPLATE = "apply-template"
+    COUNT_TOKENS = "count_tokens"
+    TRANSCRIPTIONS = "transcriptions"
+
+    @property
+    def generates(self) -> bool:
+        return self in _GENERATING
+
+    def ask_stream(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """`request` as llama-server gets it when we want a stream of it to assemble; see `assemble.assembler`."""
+        asked = {**request, "stream": True}
+        if self is Dialect.CHAT or self is Dialect.COMPLETIONS:
+            options = request.get("stream_options")
+            asked["stream_options"] = {**(options if isinstance(options, dict) else {}), "include_usage": True}
+        elif self is Dialect.NATIVE:
+            asked.pop("response_fields", None)  # would hide the final event; the assembler applies them
+        return asked
+
+    def keep_terminator(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """`request` of a client that streams by itself, changed only if it would hide the end of its own stream.
+
+        `response_fields` of the native dialect are applied to the final event: without "stop" among them a stream
+        that went well could not be told from one that was cut.
+        """
+        fields = request.get("response_fields")
+        if self is Dialect.NATIVE and isinstance(fields, list) and fields and "stop" not in fields:
+            return {**request, "response_fields": [*fields, "stop"]}
+        return dict(request)
+
+    def assembles(self, request: Mapping[str, Any]) -> bool:
+        """Whether an answer assembled from a stream is the one that llama-server gives without streaming.
+
+        Where it is not, the request has to be sent as it is. The reasons are in `_differs`.
+        """
+        return self.generates and not _differs(self, request)
+
+    def ended_well(self, tail: bytes) -> bool:
+        """Whether a stream whose payload ends with `tail` (its last 8 KB, or all of it) came to its own end.
+
+        True for dialects without streams. A final event that begins before the tail is known by its last fields;
+        none of them can stand in a text, where their quotes would be escaped. With several answers in one native
+        stream (`n_cmpl`, a list of prompts) only the last one is looked at.
+        """
+        if not self.generates:
+            return True
+        if error_in(tail) is not None:
+            return False
+        if self is Dialect.CHAT or self is Dialect.COMPLETIONS:
+            return tail[-64:].rstrip().endswith(_DONE)
+        if not tail.endswith(b"\n"):
+            return False
+        last, cut = last_frame(tail)
+        if self is Dialect.NATIVE:
+            return b'"stop":true' in last or (cut and b'"stop_type":"' in last)
+        if self is Dialect.MESSAGES:
+            return b'"message_stop"' in last
+        return last.startswith(_RESPONSE_ENDS) or (cut and b'"usage":{' in last)
+
+    def error_frame(self, error_body: Mapping[str, Any]) -> bytes:
+        """The event that tells a client of this dialect about an error; `error_body` is CorralError.body()."""
+        error = error_body["error"]
+        if self is Dialect.MESSAGES:
+            kind = "api_error" if error["type"] == "server_error" else error["type"]
+            shown: dict[str, Any] = {"type": "error", "error": {"type": kind, "message": error["message"]}}
+            return b"event: error\ndata: " + msgspec.json.encode(shown) + b"\n\n"
+        if self is Dialect.RESPONSES:
+            shown = {
+                "type": "error",
+                "code": error.get("code"),
+                "message": error["message"],
+                "param": error.get("param"),
+                "sequence_number": 0,
+            }
+            return b"event: error\ndata: " + msgspec.json.encode(shown) + b"\n\n"
+        return b"data: " + msgspec.json.encode({"error": error}) + b"\n\n"
+
+
+_GENERATING = frozenset({Dialect.CHAT, Dialect.COMPLETIONS, Dialect.NATIVE, Dialect.RESPONSES, Dialect.MESSAGES})
+_RESPONSE_ENDS = (b"event: response.completed\n", b"event: response.incomplete\n", b"event: response.failed\n")
+
+# llama-server's own paths. Beware: without /v1 `completions` and `embeddings` are the native ones, not OpenAI's.
+ROUTES: dict[str, Dialect] = {
+    "/v1/chat/completions": Dialect.CHAT,
+    "/chat/completions": Dialect.CHAT,
+    "/v1/completions": Dialect.COMPLETIONS,
+    "/completion": Dialect.NATIVE,
+    "/completions": Dialect.NATIVE,
+    "/infill": Dialect.NATIVE,
+    "/v1/responses": Dialect.RESPONSES,
+    "/responses": Dialect.RESPONSES,
+    "/v1/messages": Dialect.MESSAGES,
+    "/v1/messages/count_tokens": Dialect.COUNT_TOKENS,
+    "/v1/embeddings": Dialect.EMBEDDINGS,
+    "/embeddings": Dialect.EMBEDDINGS,
+    "/embedding": Dialect.EMBEDDINGS,
+    "/v1/rerank": Dialect.RERANK,
+    "/v1/reranking": Dialect.RERANK,
+    "/rerank": Dialect.RERANK,
+    "/reranking": Dialect.RERANK,
+    "/tokenize": Dialect.TOKENIZE,
+    "/detokenize": Dialect.DETOKENIZE,
+    "/apply-template": Dialect.APPLY_TEMPLATE,
+    "/v1/audio/transcriptions": Dialect.TRANSCRIPTIONS,
+    "/audio/transcriptions": Dialect.TRANSCRIPTIONS,
+}
+
+
+def last_frame(tail: bytes) -> tuple[bytes, bool]:
+    """The last event of a stream's tail, and whether its beginning lies before the tail."""
+    text = (tail.replace(b"\r\n", b"\n") if b"\r" in tail else tail).rstrip(b"\n")
+    before = text.rfind(b"\n\n")
+    last = text[before + 2 :] if before >= 0 else text
+    return last, before < 0 and not last.startswith((b"data:", b"event:", b":"))
+
+
+def error_in(tail: bytes) -> dict[str, Any] | None:
+    """The error object that a stream ended with, if it did.
+
+    llama-server sends it as `data: {"error":{…}}`, in /v1/messages as `event: error` with the bare object, and then
+    ends the connection cleanly, without the dialect's terminator.
+    """
+    for line in _ERROR_LINES if b"error" in tail else ():
+        at = tail.rfind(line)
+        if at >= 0 and (at == 0 or tail[at - 1] == 0x0A):
+            return _error_object(tail[tail.find(b"data:", at) + 5 :].partition(b"\n")[0])
+    return None
+
+
+def _error_object(data: bytes) -> dict[str, Any]:
+    try:
+        told = msgspec.json.decode(data)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        told = None
+    inner = told.get("error", told) if isinstance(told, dict) else None
+    return inner if isinstance(inner, dict) else {"message": str(inner or "unreadable error")}
+
+
+def _differs(dialect: Dialect, request: Mapping[str, Any]) -> bool:
+    """Where llama-server's stream lacks, or has more than, what the same request gives without streaming."""
+    turns = request.get("input" if dialect is Dialect.RESPONSES else "messages")
+    if isinstance(turns, list) and turns and isinstance(turns[-1], dict) and turns[-1].get("role") == "assistant":
+        return True  # it continues that message: the stream begins behind it, the whole answer with it
+    wants_probs = any(request.get(name) for name in ("logprobs", "top_logprobs", "n_probs"))
+    if dialect is Dialect.CHAT:
+        # Refused with tools; else lost for tokens that make no delta of their own, such as </think>.
+        return wants_probs
+    if dialect is Dialect.NATIVE and request.get("return_tokens"):
+        return True  # the stream leaves out all but the last token of a character
+    # After a stop word the whole answer lacks as many tokens' probabilities as the word has tokens of its own.
+    return wants_probs and bool(request.get("stop"))

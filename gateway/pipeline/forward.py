@@ -1,0 +1,154 @@
+"""The spine: the one way of every job, from whichever door, to a llama-server and back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+import msgspec
+
+from gateway.admission.limits import RequestLimits
+from gateway.admission.queue import Queue, Ticket
+from gateway.backend import Reply, translate_error
+from gateway.errors import BackendGone, CorralError, ModelNotAllowed, Unavailable
+from gateway.models.manager import Manager
+from gateway.models.owner import Lease
+from gateway.models.registry import ModelSpec
+from gateway.pipeline.account import CLIENT_LEFT, Accounts, Record, note_failure
+from gateway.pipeline.call import Call
+from gateway.pipeline.shield import guarded
+from gateway.pipeline.splice import Answer
+from gateway.pipeline.whole import WholeAnswer
+from gateway.settings import Settings
+from gateway.stores.keyfile import Key
+
+# A whole answer of more tokens than this is asked for as a stream and assembled here: only a stream's slot is free
+# at once when its client leaves. A shorter one is not worth the assembling.
+LONG_ANSWER_TOKENS = 32
+MAX_ERROR_BYTES = 1024 * 1024
+_NO_PLACE = frozenset({"tokenize", "detokenize", "apply-template", "count_tokens"})
+
+
+class Spine:
+    def __init__(
+        self,
+        settings: Settings,
+        manager: Manager,
+        queues: Mapping[str, Queue],
+        limits: RequestLimits,
+        accounts: Accounts,
+    ) -> None:
+        self._settings = settings
+        self._manager = manager
+        self._queues = queues
+        self._limits = limits
+        self._accounts = accounts
+
+    async def forward(self, call: Call, answer: Answer) -> None:
+        """Bring `call` to a model and its answer to `answer`.
+
+        1. Resolve the model.
+        2. Authorise: may this key use it?
+        3. Reserve on the limits.
+        4. Take a place in the model's queue.
+        5. Lease the model, loading it if need be.
+        6. Stream; on a server that died before the first byte, once more after its restart.
+        7. Settle and record, whatever happened.
+
+        Raises CorralError; where `answer` has begun by then, the door tells the client inside the answer. When
+        cancelled, because the client left, every step gives back what it holds and the backend's connection closes.
+        """
+        record = self._accounts.open(call)
+        streamed = call.stream
+        try:
+            spec = self._manager.registry.resolve(call.model)  # 1
+            record.model = spec.id
+            authorise(call.key, spec)  # 2
+            per_minute = call.key.rpm if call.key.rpm is not None else self._settings.max_requests_per_minute
+            reservation = self._limits.reserve(call.caller, per_minute)  # 3
+            call.headers_out.extend(reservation.headers())
+            try:
+                streamed = await self._admitted(call, spec, answer, record)
+            except (Unavailable, asyncio.CancelledError):
+                if answer.meter.first_at is None:  # it was not served: it costs nothing
+                    reservation.refund()
+                raise
+        except asyncio.CancelledError:
+            record.status = CLIENT_LEFT
+            raise
+        except CorralError as error:
+            note_failure(record, error)
+            raise
+        except BaseException:
+            record.status, record.error = 500, "internal_error"
+            raise
+        finally:
+            self._accounts.close(record, call, answer.meter, streamed)  # 7
+
+    async def _admitted(self, call: Call, spec: ModelSpec, answer: Answer, record: Record) -> bool:
+        """Steps 4 to 6; whether llama-server's answer was a stream."""
+        loop = asyncio.get_running_loop()
+        wait = self._settings.queue_timeout_seconds
+        deadline = call.received_at + (wait if call.max_wait is None else min(wait, call.max_wait))
+        places = 0 if call.route.dialect.value in _NO_PLACE else call.places
+        async with self._queues[spec.id].place(Ticket(call.caller, places, call.size, deadline)):  # 4
+            placed_at = loop.time()
+            record.queue_ms = (placed_at - call.received_at) * 1000
+            call.headers_out.append(("x-queue-time-ms", str(int(record.queue_ms))))
+            async with self._manager.lease(spec.id) as lease:  # 5
+                await lease.backend(deadline)
+                record.load_ms = (loop.time() - placed_at) * 1000
+                return await self._stream(call, spec, lease, answer, deadline)  # 6
+
+    async def _stream(self, call: Call, spec: ModelSpec, lease: Lease, answer: Answer, deadline: float) -> bool:
+        owner = self._manager.owners[spec.id]
+        body, assembling = self._prepared(call, owner.ctx or self._settings.ctx)
+        headers = [("traceparent", call.traceparent), ("x-request-id", call.request_id)]
+        backend = await lease.backend(deadline)
+        for last_try in (False, True):
+            try:
+                reply = await backend.request(
+                    call.method, call.route.upstream, body, content_type=call.content_type, headers=headers
+                )
+                await self._deliver(call, reply, answer, assembling)
+                break
+            except BackendGone:
+                if last_try or answer.meter.first_at is not None:
+                    raise
+                backend = await lease.restarted(deadline)
+        return call.stream or assembling is not None
+
+    def _prepared(self, call: Call, ctx: int) -> tuple[bytes, dict[str, object] | None]:
+        """The body to send, and the request behind it where a whole answer will be assembled from a stream."""
+        if call.raw is not None:
+            return call.raw, None
+        settings, dialect = self._settings, call.route.dialect
+        most = min(settings.max_tokens_limit or ctx or 2**31 - 1, ctx or 2**31 - 1)
+        fields, bound = guarded(call, default_tokens=settings.max_tokens_default, most_tokens=most)
+        if not call.stream and bound > LONG_ANSWER_TOKENS:
+            request = {name: msgspec.json.decode(value) for name, value in fields.items()}
+            if dialect.assembles(request):
+                return msgspec.json.encode(dialect.ask_stream(request)), request
+        if call.stream and "response_fields" in fields:
+            request = {name: msgspec.json.decode(value) for name, value in fields.items()}
+            return msgspec.json.encode(dialect.keep_terminator(request)), None
+        return msgspec.json.encode(fields), None
+
+    async def _deliver(self, call: Call, reply: Reply, answer: Answer, assembling: dict[str, object] | None) -> None:
+        if reply.status != 200:
+            raise translate_error(reply.status, await reply.read(MAX_ERROR_BYTES))
+        if assembling is None:
+            answer.begin(reply)
+            await reply.relay(answer)
+            if answer.failure is not None:
+                raise answer.failure
+        else:
+            assembly = WholeAnswer(call.route.dialect, assembling, answer.meter)
+            await reply.relay(assembly)
+            answer.whole(200, "application/json; charset=utf-8", assembly.result())
+
+
+def authorise(key: Key, spec: ModelSpec) -> None:
+    """Raises ModelNotAllowed."""
+    if not key.may_use(spec.id):
+        raise ModelNotAllowed(f"the key {key.id} may not use the model {spec.id}", param="model")

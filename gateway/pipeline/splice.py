@@ -1,0 +1,197 @@
+"""An answer's way to an HTTP client: llama-server's bytes from socket to socket in whole chunks, unparsed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+from gateway.backend import Reply
+from gateway.errors import BackendError, CorralError
+from gateway.framing import LAST_CHUNK, Framing, frame
+from gateway.pipeline.account import Meter
+from gateway.pipeline.dialects import Dialect, error_in
+
+PING = b": ping\n\n"
+LINGER_SECONDS = 10.0  # a client that does not read its last bytes is cut then
+
+Headers = list[tuple[str, str]]
+
+
+class Answer(Protocol):
+    """Where the spine sends an answer to; each door has one."""
+
+    meter: Meter
+
+    def begin(self, reply: Reply) -> None: ...
+
+    def feed(self, raw: bytes, payload: bytes, last: bool) -> None: ...
+
+    def whole(self, status: int, content_type: str, body: bytes) -> None:
+        """An answer that is there all at once."""
+
+    @property
+    def failure(self) -> CorralError | None:
+        """What went wrong inside the stream itself, once it has ended."""
+
+
+class Splice:
+    """Writes to a client's transport. `head(status, headers)` gives the bytes of a response head.
+
+    What stands on the wire is always whole chunks, so that a ping or an error frame can be put behind them.
+    """
+
+    def __init__(
+        self,
+        transport: asyncio.Transport,
+        head: Callable[[int, Headers], bytes],
+        dialect: Dialect,
+        meter: Meter,
+        *,
+        stream: bool,
+        chunked: bool,
+    ) -> None:
+        self.meter = meter
+        self.begun = False  # bytes have gone to the client: there is no second status line
+        self.finished = False
+        self.was_cut = False
+        self.failure: CorralError | None = None
+        self.quiet = 0  # looks of the pinger since something was written
+        self.stream = stream
+        self._transport = transport
+        self._head = head
+        self._dialect = dialect
+        self._chunked = chunked  # the client speaks HTTP/1.1
+        self._framing = Framing.NONE
+        self._pending = b""  # the head, until it can go out with the first bytes
+        self._reply: Reply | None = None
+
+    # --- the spine's side
+
+    def begin(self, reply: Reply) -> None:
+        self._reply = reply
+        self._framing = reply.framing
+        if self.begun:
+            return  # pings have gone out: the client has its head
+        headers = [("Content-Type", reply.headers.get("content-type", "application/json"))]
+        if reply.framing is Framing.LENGTH:
+            headers.append(("Content-Length", reply.headers["content-length"]))
+        elif reply.framing is not Framing.NONE:
+            headers += self._open_ended()
+        if self.stream:
+            headers += _STREAM_HEADERS
+        self._pending = self._head(reply.status, headers)
+
+    def feed(self, raw: bytes, payload: bytes, last: bool) -> None:
+        """From the socket of llama-server; see backend.Sink."""
+        if self.failure is not None or self.finished:
+            return
+        if payload:
+            if self.stream and b'"error":{' in payload and (told := error_in(payload)) is not None:
+                self.failure = _told(told)
+                return
+            self.meter.see(payload)
+        if self._framing is not Framing.CHUNKED and self._framing is not Framing.UNTIL_CLOSE:
+            out = raw
+        elif not self._chunked:
+            out = payload
+        else:
+            out = raw if self._framing is Framing.CHUNKED else frame(payload) if payload else b""
+        if last:
+            if self.stream and not self._dialect.ended_well(self.meter.tail):
+                self.failure = BackendError("llama-server ended its answer before it was complete")
+            else:
+                self.finished = True
+                if self._chunked and self._framing in (Framing.CHUNKED, Framing.UNTIL_CLOSE):
+                    out += LAST_CHUNK
+        self._write(out)
+
+    def whole(self, status: int, content_type: str, body: bytes) -> None:
+        self.finished = True
+        self._write(self._head(status, [("Content-Type", content_type), ("Content-Length", str(len(body)))]) + body)
+
+    # --- the door's side
+
+    def ping(self) -> None:
+        """A comment on a silent stream, so that nobody on the way takes it for dead. The first one commits a 200."""
+        if self.finished or self._transport.is_closing():
+            return
+        if not self.begun and not self._pending:
+            headers = [("Content-Type", "text/event-stream"), *self._open_ended(), *_STREAM_HEADERS]
+            self._pending = self._head(200, headers)
+            self._framing = Framing.CHUNKED
+        if not self.meter.tail or self.meter.tail.endswith(b"\n\n"):  # never inside an event
+            self._write(frame(PING) if self._chunked else PING)
+
+    def fail(self, error: CorralError) -> None:
+        """The answer has begun and cannot go on: one error frame, then the connection is cut, never ended cleanly."""
+        if self.stream and not self._transport.is_closing():
+            text = b"\n\n" + self._dialect.error_frame(error.body())
+            if not self.meter.tail or self.meter.tail.endswith(b"\n\n"):
+                text = text[2:]
+            self._write(frame(text) if self._chunked else text)
+        self.cut()
+
+    def cut(self) -> None:
+        self.finished = self.was_cut = True
+        if self._reply is not None:
+            self._reply.close()
+        if not self._transport.is_closing():
+            self._transport.close()
+            asyncio.get_running_loop().call_later(LINGER_SECONDS, self._transport.abort)
+
+    def pause_writing(self) -> None:
+        """The client reads slowly: stop reading from llama-server until it has caught up."""
+        if self._reply is not None:
+            self._reply.pause()
+
+    def resume_writing(self) -> None:
+        if self._reply is not None:
+            self._reply.resume()
+
+    def _open_ended(self) -> Headers:
+        return [("Transfer-Encoding", "chunked")] if self._chunked else []
+
+    def _write(self, data: bytes) -> None:
+        if self._pending:
+            data, self._pending = self._pending + data, b""
+        if data:
+            self.begun = True
+            self.quiet = 0
+            self._transport.write(data)
+
+
+_STREAM_HEADERS: Headers = [("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no")]
+
+
+def _told(error: dict[str, object]) -> CorralError:
+    """llama-server's error inside a stream."""
+    return BackendError(f"llama-server failed: {error.get('message', 'it did not say why')}")
+
+
+class Pinger:
+    """Sends pings on streams that have been silent; one pass over all of them, no timer for each."""
+
+    LOOKS = 4  # in each interval: a ping comes after 1 to 1.25 intervals of silence
+
+    def __init__(self, interval: float) -> None:
+        self._interval = interval
+        self._next = 0.0
+        self._streams: set[Splice] = set()
+
+    def add(self, splice: Splice) -> None:
+        if self._interval:
+            self._streams.add(splice)
+
+    def discard(self, splice: Splice) -> None:
+        self._streams.discard(splice)
+
+    def tick(self, now: float) -> None:
+        if now < self._next:
+            return
+        self._next = now + self._interval / self.LOOKS
+        for splice in tuple(self._streams):
+            splice.quiet += 1
+            if splice.quiet > self.LOOKS:
+                splice.ping()
+                splice.quiet = 1

@@ -1,0 +1,191 @@
+"""How many tokens an answer took, read from its head and tail without parsing what lies between.
+
+Fields are looked for as bytes: inside a text their quotes would be escaped, so a text cannot pretend to be one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gateway.pipeline.dialects import Dialect
+
+_USAGE = (b'"usage":{', b'"usage": {')
+_PROMPT = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)')
+_INPUT = re.compile(rb'"input_tokens"\s*:\s*(\d+)')
+_COMPLETION = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d+)')
+_CACHED = re.compile(rb'"cached_tokens"\s*:\s*(\d+)')
+_CACHE_READ = re.compile(rb'"cache_read_input_tokens"\s*:\s*(\d+)')
+_CACHE_WRITE = re.compile(rb'"cache_creation_input_tokens"\s*:\s*(\d+)')
+_TIMINGS = re.compile(rb'"timings":\{"cache_n":(\d+),"prompt_n":(\d+),[^{}]*?"predicted_n":(\d+)')
+_EVALUATED = re.compile(rb'"tokens_evaluated":(\d+)')
+_PREDICTED = re.compile(rb'"tokens_predicted":(\d+)')
+_CHOICE = re.compile(rb'"index":(\d+),"(?:delta|logprobs|content)"')
+
+# Events of a stream that carry no token: the role, created + in_progress + item.added + part.added, two starts.
+_OVERHEAD = {Dialect.CHAT: 1, Dialect.RESPONSES: 4, Dialect.MESSAGES: 2}
+_NEAR = 2048  # a final event's numbers stand at its end; looking through all 8 KB takes three times as long
+_SLACK = 16  # more frames than tokens, and answers must have come and gone unseen between head and tail
+_MOST = 1 << 53  # beyond that it is no count
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of the prompt (those found in the cache included), tokens generated, prompt tokens found in the cache.
+
+    A number that the answer does not tell is 0.
+    """
+
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(self.prompt + other.prompt, self.completion + other.completion, self.cached + other.cached)
+
+    @classmethod
+    def of_final(cls, final: Mapping[str, Any]) -> Usage:
+        """From the decoded final object of an answer, by its `usage` or else its `timings`."""
+        usage, timings = final.get("usage"), final.get("timings")
+        if isinstance(usage, dict) and usage:
+            details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
+            anthropic = "prompt_tokens" not in usage
+            cached = _count(usage, "cache_read_input_tokens") if anthropic else 0
+            prompt = _count(usage, "input_tokens" if anthropic else "prompt_tokens")
+            completion = _count(usage, "output_tokens") or _count(usage, "completion_tokens")
+            written = _count(usage, "cache_creation_input_tokens") if anthropic else 0
+            inner = _count(details, "cached_tokens") if isinstance(details, dict) else 0
+            return cls(prompt + cached + written, completion, cached or inner)
+        if isinstance(timings, dict):
+            cached = _count(timings, "cache_n")
+            return cls(cached + _count(timings, "prompt_n"), _count(timings, "predicted_n"), cached)
+        return cls(_count(final, "tokens_evaluated"), _count(final, "tokens_predicted"))
+
+
+def usage_of_stream(dialect: Dialect, head: bytes, tail: bytes, frames: int) -> Usage:
+    """Of a stream: `head` its first ≤ 4 KB, `tail` its last ≤ 8 KB, `frames` how many `data:` lines it had.
+
+    Several answers in one stream are summed. Where the end is missing, or lies before the tail because another
+    answer went on, generated tokens are counted by frames; never raises.
+    """
+    if not dialect.generates:
+        return usage_of_body(dialect, head, tail)
+    if dialect is Dialect.MESSAGES:
+        return _of_messages(head, tail, frames)
+    near = tail[-_NEAR:]
+    choices = _choices(head, near)
+    if choices == 1 and (final := next(_finals(dialect, near), None)):
+        return final
+    total, finals = Usage(), 0
+    for final in _finals(dialect, tail):
+        total += final
+        finals += 1
+    silent = finals * (2 if dialect is Dialect.CHAT else 1) + choices * _OVERHEAD.get(dialect, 0)
+    silent += head.count(b'"prompt_progress"') + head.count(b"data: null") + tail.count(b"data: [DONE]")
+    counted = frames - silent
+    if finals >= choices and (choices == 1 or counted - total.completion < _SLACK):
+        return total
+    return Usage(total.prompt or _first(_EVALUATED, head), max(total.completion, counted, 0), total.cached)
+
+
+def usage_of_body(dialect: Dialect, body: bytes, tail: bytes = b"") -> Usage:
+    """Of a whole answer; of a big one `body` may be its first 4 KB and `tail` its last 8 KB. Never raises.
+
+    llama-server puts the usage of an embedding or a ranking first, of a text last. `tokens_cached` of the native
+    dialect is what the slot holds in the end, generated tokens included: the cached ones are `timings.cache_n`.
+    """
+    if dialect in (Dialect.TOKENIZE, Dialect.DETOKENIZE, Dialect.APPLY_TEMPLATE, Dialect.COUNT_TOKENS):
+        return Usage()
+    if dialect is Dialect.NATIVE:
+        total = Usage()
+        for found in _TIMINGS.finditer(tail or body):
+            total += _of_timings(found)
+        return total if total.prompt else Usage(_first(_EVALUATED, body), _first(_PREDICTED, body))
+    for part in (tail, body):
+        for text in reversed(_usages(part)):
+            usage = _of_usage(text)
+            if usage != Usage():
+                return usage
+    return Usage()
+
+
+def _choices(head: bytes, tail: bytes) -> int:
+    """How many answers go on in one stream, as far as head and tail show it."""
+    if b'"index":1,' not in head and b'"index":1,' not in tail:
+        return 1  # nearly always; the pattern is slow
+    return max(1, len({*_CHOICE.findall(head), *_CHOICE.findall(tail)}))
+
+
+def _finals(dialect: Dialect, tail: bytes) -> Iterator[Usage]:
+    """What each final event in the tail says; the first piece of the tail may lack its beginning."""
+    told = _usages(tail)
+    if dialect is Dialect.RESPONSES:
+        del told[:-1]
+    if told:  # /v1/completions always; /v1/chat/completions with include_usage
+        for text in told:
+            yield _of_usage(text)
+        return
+    if b"\r" in tail:
+        tail = tail.replace(b"\r\n", b"\n")
+    end, at = len(tail), tail.rfind(b'"timings":{')
+    while at >= 0:
+        begin = tail.rfind(b"\n\n", 0, at) + 1
+        frame = tail[begin:end].partition(b"\n\n")[0] if begin else tail[:end]
+        if dialect is Dialect.NATIVE:
+            final = b'"stop":true' in frame or b'"stop_type":"' in frame
+        else:  # partial events carry timings too: with timings_per_token, and at a stop word
+            final = b'"finish_reason":"' in frame
+        if final and (timings := _TIMINGS.search(tail, at)):
+            yield _of_timings(timings)
+        end, at = begin, tail.rfind(b'"timings":{', 0, begin)
+
+
+def _of_messages(head: bytes, tail: bytes, frames: int) -> Usage:
+    """Input tokens stand in message_start, which llama-server leaves out if the first token is half a character."""
+    begins = _usages(head) if b'"message_start"' in head else []
+    start = _of_usage(begins[0]) if begins else Usage()
+    at = tail.rfind(b'"message_delta"')
+    if at >= 0:
+        return Usage(start.prompt, _first(_COMPLETION, tail[at:]), start.cached)
+    return Usage(start.prompt, max(0, frames - _OVERHEAD[Dialect.MESSAGES]), start.cached)
+
+
+def _of_usage(text: bytes) -> Usage:
+    completion, cached = _first(_COMPLETION, text), _first(_CACHED, text)
+    if found := _PROMPT.search(text):
+        return Usage(_number(found[1]), completion, cached)
+    read = _first(_CACHE_READ, text)  # Anthropic's input_tokens leaves the cached ones out
+    prompt = _first(_INPUT, text) + read + _first(_CACHE_WRITE, text)
+    return Usage(prompt, completion, cached or read)
+
+
+def _of_timings(found: re.Match[bytes]) -> Usage:
+    cached = _number(found[1])
+    return Usage(cached + _number(found[2]), _number(found[3]), cached)
+
+
+def _usages(text: bytes) -> list[bytes]:
+    """What follows each `"usage":{`, up to the end of its event and far enough for all its fields."""
+    found = []
+    for name in _USAGE:
+        at = text.find(name)
+        while at >= 0:
+            found.append(text[at : at + 1024].partition(b"\n\n")[0])
+            at = text.find(name, at + 1)
+    return found
+
+
+def _first(pattern: re.Pattern[bytes], text: bytes) -> int:
+    found = pattern.search(text)
+    return _number(found[1]) if found else 0
+
+
+def _number(digits: bytes) -> int:
+    return int(digits) if len(digits) < 16 else 0
+
+
+def _count(fields: Mapping[str, Any], name: str) -> int:
+    value = fields.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST else 0

@@ -1,0 +1,246 @@
+"""Everything that has a lifetime, opened and unwound in one place; shared by `serve`, the workers and the tests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gateway.admission.limits import RequestLimits
+from gateway.admission.queue import ByteBudget, Queue
+from gateway.backend import Backend
+from gateway.errors import ConfigError
+from gateway.events import Events
+from gateway.logs import LogWriter
+from gateway.metrics import Metrics
+from gateway.models.command import INHERITED, INHERITED_PREFIXES, check_extra_args
+from gateway.models.local import MOST_SLOTS, FetchFailed, LocalOwner, Means
+from gateway.models.manager import Manager
+from gateway.models.owner import Owner
+from gateway.models.registry import ModelSpec, Registry, build_registry
+from gateway.models.remote import RemoteOwner
+from gateway.pipeline.account import Accounts
+from gateway.pipeline.forward import Spine
+from gateway.pipeline.splice import Pinger
+from gateway.settings import Settings, child_environment
+from gateway.state import Board, ModelState, ServiceState, publishing
+from gateway.stores.keys import KeyRing, ReloadReport
+
+log = logging.getLogger("corral.runtime")
+
+TICK_SECONDS = 0.25
+
+
+@dataclass
+class Runtime:
+    """The house with its lights on."""
+
+    settings: Settings
+    logs: LogWriter
+    board: Board
+    events: Events
+    metrics: Metrics
+    keys: KeyRing
+    manager: Manager
+    queues: dict[str, Queue]
+    accounts: Accounts
+    spine: Spine
+    pinger: Pinger
+    ticks: list[Callable[[float], Any]]  # called with the loop's time, each TICK_SECONDS
+
+    def accept(self) -> None:
+        """The door is open: from now on the state follows the models."""
+        self.board.set_service(ServiceState.LOADING, "loading")
+        self.board.refresh()
+        if self.settings.auth_enabled and not self.keys.usable:
+            log.warning(
+                "there is no usable API key, so every request will be refused; make one with: "
+                "corral keys generate --name me --file %s",
+                self.settings.auth_keys_file,
+            )
+
+    async def drain(self, hurry: asyncio.Event) -> None:
+        """Refuse what is new, let what runs finish: at most SHUTDOWN_GRACE_SECONDS, and no longer than till `hurry`."""
+        grace = self.settings.shutdown_grace_seconds
+        self.board.set_service(ServiceState.DRAINING, f"{self.accounts.active} requests are running")
+        self.events.emit("server.draining", f"{self.accounts.active} running requests have {grace:g} s to finish")
+        for queue in self.queues.values():
+            queue.close()
+        waits = [asyncio.ensure_future(self.accounts.idle.wait()), asyncio.ensure_future(hurry.wait())]
+        await asyncio.wait(waits, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+
+    def reload(self) -> dict[str, Any]:
+        """Read the keys anew; what cannot be read changes nothing and is reported."""
+        report = self.keys.reload()
+        return {"keys": {"loaded": report.loaded, "problems": report.problems}}
+
+
+@contextlib.asynccontextmanager
+async def open_runtime(settings: Settings, logs: LogWriter) -> AsyncIterator[Runtime]:
+    """Raises ConfigError. A local llama-server is being spawned when this returns."""
+    registry, binary = check_configuration(settings)
+    board, events, metrics = Board(), Events(), Metrics()
+    board.single = registry.single
+    loop = asyncio.get_running_loop()
+    async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(publishing(board, settings.state_file))
+        stack.callback(board.set_service, ServiceState.STOPPED, "stopped")
+        for spec in registry.specs.values():
+            board.add_model(spec.id, required=True)
+        manager = Manager(registry, _owner_maker(settings, logs, board, events, metrics, binary))
+        stack.push_async_callback(manager.close)
+        manager.start(preload=registry.specs)
+        await asyncio.sleep(0)  # the owners begin before anything slower is done here
+        keys = KeyRing(settings.auth_keys_file if settings.auth_enabled else None, settings.api_key)
+        await stack.enter_async_context(keys.watching())
+        queues = {spec.id: _queue(settings, metrics, spec) for spec in registry.specs.values()}
+        accounts = Accounts(metrics, loop.time)
+        spine = Spine(settings, manager, queues, RequestLimits(loop.time), accounts)
+        pinger = Pinger(settings.sse_ping_seconds)
+        runtime = Runtime(
+            settings, logs, board, events, metrics, keys, manager, queues, accounts, spine, pinger, ticks=[]
+        )
+        runtime.ticks += [pinger.tick, runtime.manager.sweep, lambda _: metrics.log_errors.set(logs.errors)]
+        _connect(runtime)
+        await stack.enter_async_context(_ticking(runtime.ticks, metrics))
+        events.emit("startup", f"models: {', '.join(registry.specs)}")
+        yield runtime
+
+
+def check_configuration(settings: Settings) -> tuple[Registry, Path | None]:
+    """The models and the llama-server to run them with. Raises ConfigError with all that is wrong."""
+    problems = check_extra_args(settings.extra_args)
+    registry: Registry | None = None
+    binary = None
+    try:
+        registry = build_registry(settings)
+        if any(spec.url is None for spec in registry.specs.values()):
+            binary = find_llama_server(settings)
+    except ConfigError as error:
+        problems += error.problems
+    if problems or registry is None:
+        raise ConfigError(problems)
+    return registry, binary
+
+
+def find_llama_server(settings: Settings) -> Path:
+    """Raises ConfigError."""
+    named = settings.llama_server_path
+    if named is not None:
+        found = shutil.which(named)
+        if found is None:
+            raise ConfigError([f"LLAMA_SERVER_PATH={str(named)!r}: there is no such program"])
+        return Path(found)
+    found = shutil.which("/app/llama-server") or shutil.which("llama-server")
+    if found is None:
+        raise ConfigError(["no llama-server at /app/llama-server or on PATH: set LLAMA_SERVER_PATH"])
+    return Path(found)
+
+
+def _owner_maker(
+    settings: Settings, logs: LogWriter, board: Board, events: Events, metrics: Metrics, binary: Path | None
+) -> Callable[[ModelSpec], Owner]:
+    def connect(url: str, key: str | None) -> Backend:
+        return Backend(url, key=key, connect_timeout=settings.backend_connect_timeout, silence=settings.request_timeout)
+
+    def connect_remote(url: str) -> Backend:
+        path = settings.llama_api_key_file
+        try:
+            key = path.read_text().strip() if path else None
+        except OSError as error:
+            raise ConfigError([f"LLAMA_API_KEY_FILE={str(path)!r}: {error.strerror}"]) from None
+        if key:
+            logs.add_secret(key)
+        return connect(url, key)
+
+    def make(spec: ModelSpec) -> Owner:
+        if spec.url is not None:
+            return RemoteOwner(spec, board, events, connect_remote)
+        assert binary is not None
+        means = Means(
+            settings=settings,
+            binary=binary,
+            inherited=child_environment(INHERITED, INHERITED_PREFIXES),
+            output=logs.put,
+            connect=connect,
+            keep_secret=logs.add_secret,
+            fetch=lambda spec, progress: _fetch(settings, spec, progress),
+            metrics=metrics,
+        )
+        return LocalOwner(spec, board, events, means)
+
+    return make
+
+
+async def _fetch(settings: Settings, spec: ModelSpec, progress: Callable[[int, int | None], None]) -> Path:
+    raise FetchFailed("not yet")
+
+
+def _queue(settings: Settings, metrics: Metrics, spec: ModelSpec) -> Queue:
+    """`_connect` sets the capacity anew when the model's slots are known."""
+    capacity = settings.max_concurrent_requests or settings.parallel or MOST_SLOTS
+    queue = Queue(
+        capacity,
+        settings.max_queue_size,
+        ByteBudget(settings.max_queued_bytes),
+        lambda reason: metrics.queue_rejections.labels(reason).inc(),
+    )
+    metrics.queue_depth.labels(spec.id).set_function(lambda: queue.waiting)
+    return queue
+
+
+def _connect(runtime: Runtime) -> None:
+    """What one part must hear of another."""
+    board, metrics = runtime.board, runtime.metrics
+
+    def model_changed(model_id: str | None) -> None:
+        if model_id is None:
+            return
+        status = board.models[model_id]
+        for state in ModelState:
+            metrics.model_state.labels(model_id, state).set(state is status.state)
+        slots = runtime.manager.owners[model_id].slots
+        if status.state is ModelState.READY and slots and not runtime.settings.max_concurrent_requests:
+            runtime.queues[model_id].resize(slots)
+
+    def keys_changed(report: ReloadReport) -> None:
+        for problem in report.problems:
+            log.warning("%s", problem)
+        runtime.events.emit("keys.reloaded", f"{report.loaded} keys are loaded")
+
+    board.listen(model_changed)
+    for model_id in board.models:
+        model_changed(model_id)
+    for problem in runtime.keys.report.problems:
+        log.warning("%s", problem)
+    runtime.keys.subscribe(keys_changed)
+
+
+@contextlib.asynccontextmanager
+async def _ticking(ticks: list[Callable[[float], Any]], metrics: Metrics) -> AsyncIterator[None]:
+    """One timer for all that is looked at now and then, instead of one for each request."""
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + TICK_SECONDS
+            await asyncio.sleep(TICK_SECONDS)
+            now = loop.time()
+            metrics.loop_lag.observe(max(0.0, now - due))
+            for tick in ticks:
+                tick(now)
+
+    task = asyncio.create_task(run(), name="ticker")
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task

@@ -1,0 +1,1 @@
+"""What outlives a request: keys, records, usage, grammars, cache; by subject, not by engine."""
