@@ -283,8 +283,8 @@ class Reply:
 
     def close(self, error: CorralError | None = None) -> None:
         """Close the connection if the body has not ended; whoever relays it gets `error`."""
-        if not self._done.done():
-            self._connection.abort(error)
+        if self._connection.done is self._done and (self._done.cancelled() or not self._done.done()):
+            self._connection.abort(error)  # still this request's; a cancelled waiter cancels the future it waits for
 
     def pause(self) -> None:
         if not self._done.done():

@@ -19,7 +19,7 @@ from gateway.events import Events
 from gateway.logs import LogWriter
 from gateway.metrics import Metrics
 from gateway.models.command import INHERITED, INHERITED_PREFIXES, check_extra_args
-from gateway.models.local import MOST_SLOTS, FetchFailed, LocalOwner, Means
+from gateway.models.local import MOST_SLOTS, LocalOwner, Means
 from gateway.models.manager import Manager
 from gateway.models.owner import Owner
 from gateway.models.registry import ModelSpec, Registry, build_registry
@@ -27,7 +27,7 @@ from gateway.models.remote import RemoteOwner
 from gateway.pipeline.account import Accounts
 from gateway.pipeline.forward import Spine
 from gateway.pipeline.splice import Pinger
-from gateway.settings import Settings, child_environment
+from gateway.settings import Settings, child_environment, hub_caches
 from gateway.state import Board, ModelState, ServiceState, publishing
 from gateway.stores.keys import KeyRing, ReloadReport
 
@@ -171,16 +171,12 @@ def _owner_maker(
             output=logs.put,
             connect=connect,
             keep_secret=logs.add_secret,
-            fetch=lambda spec, progress: _fetch(settings, spec, progress),
+            hub_caches=hub_caches(),
             metrics=metrics,
         )
         return LocalOwner(spec, board, events, means)
 
     return make
-
-
-async def _fetch(settings: Settings, spec: ModelSpec, progress: Callable[[int, int | None], None]) -> Path:
-    raise FetchFailed("not yet")
 
 
 def _queue(settings: Settings, metrics: Metrics, spec: ModelSpec) -> Queue:

@@ -250,6 +250,12 @@ def on_runpod(environ: Mapping[str, str]) -> bool:
     return bool(environ.get("RUNPOD_POD_ID") or environ.get("RUNPOD_ENDPOINT_ID"))
 
 
+def hub_caches() -> tuple[Path, ...]:
+    """Where Hugging Face models may lie already: RunPod's cache, then the user's own."""
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    return (Path("/runpod-volume/huggingface-cache/hub"), Path(os.environ.get("HF_HUB_CACHE") or home / "hub"))
+
+
 def instance_name() -> str:
     """Which machine this is, fit for a file name: RunPod's pod id, else the host's name."""
     name = os.environ.get("RUNPOD_POD_ID") or os.uname().nodename

@@ -64,12 +64,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     generate.add_argument("--priority", choices=PRIORITIES, help="the highest its requests may have; default high")
     generate.add_argument("--budget", metavar="N[/day]", help="tokens a day; 0 = no limit")
 
-    command("list", "list the keys, never their secrets", "list --json")
+    command("list", "list the keys, never their secrets (limits: - is the gateway's default, 0 is none)", "list --json")
 
     rotate = command("rotate", "give a key a new secret, the old one working for a while", "rotate --name alice")
     _add_name(rotate)
     _add_secret_options(rotate)
-    rotate.add_argument("--grace", default="24h", metavar="TIME", help="how long the old one works; default 24h")
+    rotate.add_argument(
+        "--grace", default="24h", metavar="TIME", help="how long the old one works; default 24h, 0 ends it at once"
+    )
 
     _add_name(command("remove", "remove a key, at once", "remove --name alice"))
 
@@ -83,7 +85,7 @@ def _add_name(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_secret_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--expires", metavar="WHEN", help="30d, 24h, 60m, or a time such as 2027-01-31T12:00:00Z")
+    parser.add_argument("--expires", metavar="WHEN", help="when the key ends: 30d, 24h, 60m, or 2027-01-31T12:00Z")
     parser.add_argument("--secret", help="your own, 16 to 128 characters, not a random one; - reads it from stdin")
     parser.add_argument("--plaintext", action="store_true", help="keep the secret readable in the file")
 

@@ -26,7 +26,7 @@ log = logging.getLogger("corral.models")
 Progress = Callable[[int, int | None], None]  # bytes so far, bytes in all if known
 T = TypeVar("T")
 
-_BLOCK = 1 << 20
+_MAGIC = b"GGUF"
 _PROGRESS = 1 << 20  # bytes that make an attempt a success, so that the count of failures starts anew
 _SHARD = re.compile(r"-00001-of-(\d{5})\.gguf$", re.IGNORECASE)
 
@@ -146,9 +146,7 @@ class _Job:
             log.warning("%s has not the checksum asked for, and will be replaced", self.target.name)
         await self._blocking(self.part.resume, self.source, self.stop)
         timeout = aiohttp.ClientTimeout(sock_connect=self.patience.stall, sock_read=self.patience.stall)
-        async with aiohttp.ClientSession(
-            timeout=timeout, auto_decompress=False, trust_env=True, read_bufsize=_BLOCK
-        ) as session:
+        async with aiohttp.ClientSession(timeout=timeout, auto_decompress=False, trust_env=True) as session:
             await self._insist(session)
             if self._is_wrong() and self.part.resumed:
                 log.warning("%s: what an earlier attempt left was damaged; fetched anew", self.shown)
@@ -200,10 +198,13 @@ class _Job:
             url = URL(self.url, encoded=self.url.isascii() and " " not in self.url)
             async with session.get(url, headers=await self._range()) as response:
                 total = await self._begin(response)
-                async for data in response.content.iter_chunked(_BLOCK):
-                    self._check_magic(data, response)
+                async for data in response.content.iter_any():
+                    if not self.part.size and not data.startswith(_MAGIC[: len(data)]):  # now, not after 40 GB
+                        raise self._no_model(response)
                     await self._blocking(self.part.append, data)
                     self.progress(self.part.size, total)
+                if self.part.size < len(_MAGIC):
+                    raise self._no_model(response)
         # Their texts may quote the URL and its secrets: none is passed on.
         except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError, aiohttp.TooManyRedirects):
             raise DownloadError(f"{self.shown} redirects to where no file can be fetched; check the URL") from None
@@ -215,7 +216,7 @@ class _Job:
             raise _Again(f"nothing came for {self.patience.stall:g} s") from None
         except (aiohttp.ClientError, OSError):
             raise _Again("the connection dropped") from None
-        if self.part.size != (total or self.part.size or -1):
+        if self.part.size != (total or self.part.size):
             raise _Again("the file ended early")
 
     async def _range(self) -> dict[str, str]:
@@ -270,13 +271,11 @@ class _Job:
             return DownloadError(f"{self.shown} does not exist ({status}); check the URL")
         return DownloadError(f"{self.shown} answers {status}; check the URL")
 
-    def _check_magic(self, data: bytes, response: aiohttp.ClientResponse) -> None:
-        """Ends a wrong download at its first bytes, not after 40 GB."""
-        if self.part.size == 0 and not data.startswith(b"GGUF"[: len(data)]):
-            raise DownloadError(
-                f"{self.shown} is not a GGUF file but {response.content_type}; check the URL "
-                "(on Hugging Face: /resolve/, not /blob/)"
-            )
+    def _no_model(self, response: aiohttp.ClientResponse) -> DownloadError:
+        return DownloadError(
+            f"{self.shown} is not a GGUF file but {response.content_type}; check the URL "
+            "(on Hugging Face: /resolve/, not /blob/)"
+        )
 
     def _take_name(self, response: aiohttp.ClientResponse) -> None:
         if self.record is not None:

@@ -113,12 +113,13 @@ def _fetch(model: HubModel, cache: Path) -> Path:
     """Blocking. Raises DownloadError."""
     try:
         import huggingface_hub
-        from huggingface_hub import errors, utils
+        from huggingface_hub import errors
+        from huggingface_hub.utils.tqdm import disable_progress_bars
     except ImportError:
         raise DownloadError(
             f"{model} is in no cache, and fetching it from Hugging Face needs an extra: {_INSTALL}"
         ) from None
-    utils.disable_progress_bars()
+    disable_progress_bars()
     try:
         names = huggingface_hub.list_repo_files(model.repo)
         name = model.choose(names)

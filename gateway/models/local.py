@@ -8,7 +8,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,9 @@ from gateway.events import Events
 from gateway.metrics import Metrics
 from gateway.models.command import Launch, build_argv, build_environment, refused_flag
 from gateway.models.device import available_memory
+from gateway.models.download import DownloadError, fetch_url
 from gateway.models.gguf import GGUFError, GGUFHeader, read_header
+from gateway.models.hub import fetch_hf
 from gateway.models.ledger import fit_parallel
 from gateway.models.owner import Owner
 from gateway.models.policy import Crash, idle_seconds_left, restart_delay
@@ -46,12 +48,8 @@ class Means:
     output: Callable[[bytes], None]  # where llama-server's own lines go
     connect: Callable[[str, str], Backend]  # url, key
     keep_secret: Callable[[str], None]  # logs will mask it
-    fetch: Callable[[ModelSpec, Callable[[int, int | None], None]], Awaitable[Path]]  # raises FetchFailed
+    hub_caches: Sequence[Path]  # folders where Hugging Face models may lie already
     metrics: Metrics
-
-
-class FetchFailed(Exception):
-    """A model's file could not be had; the message says why and what to do."""
 
 
 class _FlagRefused(Exception):
@@ -87,7 +85,7 @@ class LocalOwner(Owner):
             await self._until_wanted()
             try:
                 crash = await self._serve_once()
-            except (FetchFailed, OSError) as error:
+            except (DownloadError, OSError) as error:
                 self._failed(str(error))
                 return
             except _FlagRefused as refused:
@@ -173,7 +171,11 @@ class LocalOwner(Owner):
                 if not total or percent % 10 == 0:
                     log.info("%s: %d MiB fetched%s", self.spec.id, done // _MIB, f" ({percent} %)" if total else "")
 
-        return await self._means.fetch(self.spec, progress)
+        models_dir = self._means.settings.models_dir
+        if self.spec.hf is not None:
+            return await fetch_hf(self.spec.hf, models_dir, self._means.hub_caches)
+        assert self.spec.download_url is not None
+        return await fetch_url(self.spec.download_url, models_dir, sha256=self.spec.sha256, progress=progress)
 
     async def _plan(self, path: Path) -> Launch:
         settings = self._means.settings

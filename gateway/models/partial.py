@@ -186,10 +186,9 @@ def make_room(folder: Path, needed: int, margin: int) -> None:
 
 def safe_name(name: str) -> str:
     """A file name out of one that a stranger chose: no folders, no control characters, and it ends in .gguf."""
-    last = re.split(r"[/\\]", name)[-1]
-    last = "".join(c for c in last if c.isprintable()).strip(". ")
-    stem = last[: -len(".gguf")] if last.lower().endswith(".gguf") else last
-    return (stem.encode()[:200].decode("utf-8", "ignore").strip(". ") or "model") + ".gguf"
+    last = "".join(c for c in re.split(r"[/\\]", name)[-1] if c.isprintable())
+    stem = re.sub(r"\.gguf$", "", last, flags=re.IGNORECASE).strip(". ")
+    return (stem.encode()[:200].decode("utf-8", "ignore").rstrip(". ") or "model") + ".gguf"
 
 
 @contextlib.contextmanager

@@ -75,7 +75,7 @@ class Dialect(enum.Enum):
         if error_in(tail) is not None:
             return False
         if self is Dialect.CHAT or self is Dialect.COMPLETIONS:
-            return tail[-64:].rstrip().endswith(_DONE)
+            return tail[-64:].rstrip().rpartition(b"\n")[2] in _DONE
         if not tail.endswith(b"\n"):
             return False
         last, cut = last_frame(tail)

@@ -82,7 +82,8 @@ def usage_of_stream(dialect: Dialect, head: bytes, tail: bytes, frames: int) -> 
     for final in _finals(dialect, tail):
         total += final
         finals += 1
-    silent = finals * (2 if dialect is Dialect.CHAT else 1) + choices * _OVERHEAD.get(dialect, 0)
+    silent = choices * _OVERHEAD.get(dialect, 0)
+    silent += tail.count(b'"finish_reason":"') + tail.count(b'"choices":[]') if dialect is Dialect.CHAT else finals
     silent += head.count(b'"prompt_progress"') + head.count(b"data: null") + tail.count(b"data: [DONE]")
     counted = frames - silent
     if finals >= choices and (choices == 1 or counted - total.completion < _SLACK):

@@ -30,8 +30,8 @@ class StreamFailed(BackendError):
 class Assembler(ABC):
     """Takes a stream's frames and gives the answer that llama-server would have given without streaming.
 
-    Equal but for ids, times and counts of cached tokens; an incomplete last character, which llama-server shows as
-    U+FFFD, is left out.
+    Equal but for ids, times and counts of cached tokens, and for an answer that its bound cut off while the stream
+    held something back: half a character (else shown as U+FFFD), or a token that could have begun a stop string.
     """
 
     def __init__(self, request: Mapping[str, Any]) -> None:
