@@ -11,7 +11,7 @@ from aiohttp import web
 from gateway.errors import ConfigError
 from gateway.http import admin, models, ops
 from gateway.http.context import RUNTIME, on_prepare
-from gateway.http.inference import ROUTES, infer
+from gateway.http.inference import ROUTES, expected, infer
 from gateway.http.middleware.auth import SCOPE_OF, auth
 from gateway.http.middleware.cors import cors
 from gateway.http.middleware.errors import errors
@@ -51,9 +51,9 @@ def create_app(runtime: Runtime) -> web.Application:
     app[RUNTIME] = runtime
     app[SCOPE_OF] = {}
     for method, path, handler, scope in TABLE:
-        app.router.add_route(method, path, handler)
+        app.router.add_route(method, path, handler, expect_handler=expected)
         if method == "GET":
-            app.router.add_route("HEAD", path, handler)
+            app.router.add_route("HEAD", path, handler, expect_handler=expected)
         app[SCOPE_OF][path] = scope
     app.on_response_prepare.append(on_prepare)
     return app

@@ -69,7 +69,8 @@ class Connection(asyncio.Protocol):
         self._keep_alive = False
         self._left = 0  # bytes of a body of known length still to come
         self._chunked = ChunkReader()
-        self._lost = False  # closed by the other side before anyone wanted the body
+        self._lost = False  # closed by the other side before anyone wanted the body, and how
+        self._lost_by: Exception | None = None
 
     # --- asyncio's side
 
@@ -94,8 +95,8 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._pool.forget(self)
-        if self.state is _State.BODY and self._sink is None and exc is None:
-            self._lost = True  # the whole body may have come already: attach() will see
+        if self.state is _State.BODY and self._sink is None:
+            self._lost, self._lost_by = True, exc  # the whole body may have come already: attach() will see
             return
         state, self.state = self.state, _State.CLOSED
         if state is _State.HEAD:
@@ -129,7 +130,7 @@ class Connection(asyncio.Protocol):
             self._body(held)
         if self._lost and self.state is _State.BODY:
             self.state = _State.CLOSED
-            self._cut(None)
+            self._cut(self._lost_by)
 
     def pause(self) -> None:
         if not self.paused and self.transport is not None and not self.transport.is_closing():
@@ -323,6 +324,7 @@ class Backend:
         self._connect_timeout, self._silence = connect_timeout, silence
         self._idle: list[Connection] = []
         self._all: set[Connection] = set()
+        self._closed = False
 
     def __repr__(self) -> str:
         return f"Backend({self._host}:{self._port})"
@@ -378,7 +380,8 @@ class Backend:
                 connection.abort(BackendTimeout(f"llama-server sent nothing for {self._silence:g} s"))
 
     def close(self) -> None:
-        """Close all connections; requests under way end with BackendGone."""
+        """Close all connections for good; requests under way, and all that come, end with BackendGone."""
+        self._closed = True
         for connection in tuple(self._all):
             connection.abort()
 
@@ -390,13 +393,14 @@ class Backend:
 
     def give_back(self, connection: Connection, reusable: bool) -> None:
         transport = connection.transport
-        if reusable and transport is not None and not transport.is_closing() and len(self._idle) < MAX_IDLE_CONNECTIONS:
+        assert transport is not None
+        unsent = transport.get_write_buffer_size() > 0  # it answered without having read the whole request
+        if reusable and not unsent and not transport.is_closing() and len(self._idle) < MAX_IDLE_CONNECTIONS:
             self._idle.append(connection)
         else:
             connection.state = _State.CLOSED
             self._all.discard(connection)
-            if transport is not None:
-                transport.close()
+            transport.abort()  # close() would wait for ever for one who does not read
 
     def forget(self, connection: Connection) -> None:
         self._all.discard(connection)
@@ -409,6 +413,8 @@ class Backend:
             if connection.state is _State.IDLE and connection.transport is not None:
                 if not connection.transport.is_closing():
                     return connection, True
+        if self._closed:
+            raise BackendGone("the connections to llama-server are closed")
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_timeout):
@@ -420,6 +426,9 @@ class Backend:
         except OSError as error:
             raise BackendGone(f"no connection to llama-server: {error.strerror or error}") from None
         self._all.add(connection)
+        if self._closed:  # meanwhile
+            connection.abort()
+            raise BackendGone("the connections to llama-server are closed")
         return connection, False
 
 

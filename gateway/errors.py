@@ -199,6 +199,9 @@ class HeaderFieldsTooLarge(CorralError):
 class NotSupported(CorralError):
     status, type, code = 501, "not_supported_error", "not_supported"
 
+    def headers(self) -> dict[str, str]:
+        return super().headers() | {"x-should-retry": "false"}  # clients try a 5xx again
+
 
 class BackendError(CorralError):
     status, type, code = 502, "server_error", "backend_error"

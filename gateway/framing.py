@@ -23,7 +23,7 @@ def parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
     """
     lines = head.decode("latin-1").split("\r\n")
     version, _, rest = lines[0].partition(" ")
-    code = rest[:3]
+    code = rest.partition(" ")[0]
     if version not in ("HTTP/1.1", "HTTP/1.0") or not (code.isascii() and code.isdigit() and len(code) == 3):
         raise ValueError(f"{lines[0][:60]!r}")
     headers: dict[str, str] = {}
@@ -31,7 +31,7 @@ def parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
         name, colon, value = line.partition(":")
         if not colon:
             raise ValueError(f"{line[:60]!r}")
-        name, value = name.lower(), value.strip()
+        name, value = name.strip().lower(), value.strip()
         if name == "content-length" and headers.get(name, value) != value:
             raise ValueError("two lengths")
         headers[name] = value
@@ -51,7 +51,7 @@ def body_framing(method: str, status: int, headers: dict[str, str]) -> tuple[Fra
         if encoding.lower() != "chunked":
             raise ValueError(f"transfer-encoding {encoding[:40]!r}")
         return Framing.CHUNKED, 0
-    if length := headers.get("content-length"):
+    if (length := headers.get("content-length")) is not None:
         if not (length.isascii() and length.isdigit()):
             raise ValueError(f"content-length {length[:40]!r}")
         return Framing.LENGTH, int(length)

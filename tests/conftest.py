@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import hypothesis
 import pytest
+import uvloop
 
 from scripts.make_model import Shape, make_model
 from tests.house import Gateway, running_gateway
+
+hypothesis.settings.register_profile("corral", deadline=None)  # a loaded machine is no failure
+hypothesis.settings.load_profile("corral")
+
+LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
+    "asyncio": asyncio.new_event_loop,
+    "uvloop": uvloop.new_event_loop,
+}
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """A module with `LOOPS = ("asyncio", "uvloop")` is run on both; the gateway itself runs on uvloop."""
+    module = item.getparent(pytest.Module)
+    return {name: LOOPS[name] for name in getattr(module and module.obj, "LOOPS", ("asyncio",))}
 
 
 @pytest.fixture(scope="session")

@@ -147,7 +147,9 @@ class Gateway:
 
 
 @contextlib.contextmanager
-def running_gateway(folder: Path, *, entrypoint: bool = False, ready: bool = True, **variables: str) -> Iterator[Gateway]:
+def running_gateway(
+    folder: Path, *, entrypoint: bool = False, ready: bool = True, **variables: str
+) -> Iterator[Gateway]:
     """A gateway with the variables given; keys ADMIN and USER unless AUTH_KEYS_FILE or API_KEY say otherwise.
 
     Its environment holds nothing else of ours. It is ended by its id, and if need be killed.

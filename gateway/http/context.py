@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from http import HTTPStatus
 
 from aiohttp import web
@@ -22,15 +23,19 @@ CALLER = web.RequestKey("caller", str)  # whose limits a request counts on
 
 EXPOSED = (
     "x-request-id, x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, "
-    "x-queue-time-ms, x-cache, openai-processing-ms, retry-after"
+    "x-queue-time-ms, x-cache, openai-processing-ms, retry-after, retry-after-ms, x-should-retry"
 )
 
 _REASON = {status.value: status.phrase for status in HTTPStatus}
 
 
+def new_request_id() -> str:
+    return f"req_{secrets.token_hex(12)}"
+
+
 def common_headers(request: web.Request) -> Headers:
     """On every response: the request's id, and CORS where the origin is allowed."""
-    headers: Headers = [("x-request-id", request[REQUEST_ID])]
+    headers: Headers = [("x-request-id", request.get(REQUEST_ID) or new_request_id())]
     origin = request.get(ORIGIN)
     if origin is not None:
         headers += [("Access-Control-Allow-Origin", origin), ("Access-Control-Expose-Headers", EXPOSED)]

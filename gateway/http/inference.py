@@ -155,6 +155,10 @@ def max_wait(text: str | None) -> float | None:
     return seconds
 
 
+async def expected(request: web.Request) -> None:
+    """`Expect: 100-continue` waits for `read_body`: a refusal comes before the body. Other wishes are ignored."""
+
+
 async def read_body(request: web.Request, settings: Settings) -> bytes:
     """The whole body within CLIENT_BODY_TIMEOUT. Raises PayloadTooLarge, ClientTimeout, UnsupportedMediaType."""
     encoding = request.headers.get("Content-Encoding", "identity")
@@ -163,6 +167,8 @@ async def read_body(request: web.Request, settings: Settings) -> bytes:
     content = request.content
     if content.is_eof():
         return content.read_nowait(-1) if content.total_bytes else b""
+    if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     bound = settings.max_request_body_size
     parts: list[bytes] = []
     size = 0

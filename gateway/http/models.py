@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from datetime import UTC, datetime
@@ -163,11 +164,13 @@ def visible(request: web.Request) -> dict[str, ModelStatus]:
 
 def _named(request: web.Request) -> ModelSpec:
     """The model in the path; one that this key may not use does not exist for it."""
-    registry = request.app[RUNTIME].manager.registry
-    spec = registry.named(request.match_info["model"])
-    if not request[KEY].may_use(spec.id):
-        raise ModelNotFound(f"the model {request.match_info['model']!r} does not exist")
-    return spec
+    registry, name = request.app[RUNTIME].manager.registry, request.match_info["model"]
+    with contextlib.suppress(ModelNotFound):
+        spec = registry.named(name)
+        if request[KEY].may_use(spec.id):
+            return spec
+    known = ", ".join(sorted(filter(request[KEY].may_use, registry.specs))) or "none for this key"
+    raise ModelNotFound(f"the model {name!r} does not exist; there are: {known}", param="model")
 
 
 def _openai_model(runtime: Runtime, spec: ModelSpec) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ from gateway.errors import (
     HeaderFieldsTooLarge,
     URITooLong,
 )
+from gateway.http.context import new_request_id
 from gateway.settings import Settings
 
 if TYPE_CHECKING:
@@ -144,6 +144,6 @@ def error_response(error: CorralError) -> bytes:
     head = (
         f"HTTP/1.1 {error.status} {_REASONS.get(error.status, 'Error')}\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-        f"x-request-id: {uuid.uuid4().hex}\r\nConnection: close\r\n\r\n"
+        f"x-request-id: {new_request_id()}\r\nConnection: close\r\n\r\n"
     )
     return head.encode() + body

@@ -46,6 +46,9 @@ class Launch:
     cache_ram_mb: int
     extra_args: str
     api_key: str
+    embedding: bool = False
+    reranking: bool = False
+    batch: int = 0  # tokens that are computed at once; 0 = let llama-server choose
     without: frozenset[str] = frozenset()  # optional flags that this build refused
 
 
@@ -69,6 +72,12 @@ def build_argv(spec: ModelSpec, model: Path, launch: Launch) -> list[str]:
         argv += ["-t", str(launch.threads)]
     if spec.mmproj:
         argv += ["--mmproj", str(spec.mmproj)]
+    if launch.reranking:
+        argv.append("--reranking")
+    elif launch.embedding:
+        argv.append("--embedding")
+    if launch.batch:
+        argv += ["-b", str(launch.batch), "-ub", str(launch.batch)]
     return _leave_out(argv, launch.without) + shlex.split(launch.extra_args)
 
 

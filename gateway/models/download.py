@@ -101,15 +101,13 @@ class _Job:
         self.complete = False
 
     async def run(self) -> Path:
-        while True:
-            if await self._blocking(self._is_there):
-                return self.target
-            if await self._blocking(self.part.try_lock):
-                break
-            await self.patience.sleep(1)
         try:
-            if not await self._blocking(self._is_there):  # finished between the look and the lock
-                await self._fetch()
+            while not await self._blocking(self._is_there):
+                if await self._blocking(self.part.try_lock):
+                    if not await self._blocking(self._is_there):  # finished between the look and the lock
+                        await self._fetch()
+                    break
+                await self.patience.sleep(1)
         finally:
             await self._blocking(self.part.close)
         return self.target

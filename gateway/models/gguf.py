@@ -30,7 +30,7 @@ _EMBEDDING_ARCHITECTURES = frozenset(
     "bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 eurobert gemma-embedding t5encoder "
     "llama-embed".split()
 )
-_POOLING_MEAN, _POOLING_RANK = 1, 4  # enum llama_pooling_type: mean, cls, last, rank
+_POOLING_MEAN, _POOLING_LAST, _POOLING_RANK = 1, 3, 4  # enum llama_pooling_type: mean, cls, last, rank
 _MAX_LAYERS, _MAX_COUNT = 2048, 1 << 31
 
 
@@ -75,6 +75,11 @@ class GGUFHeader:
         """Whether the model embeds or ranks, and so has to be started with `--embedding` or `--reranking`."""
         pools = self.pooling_type is not None and _POOLING_MEAN <= self.pooling_type <= _POOLING_RANK
         return pools or self.architecture in _EMBEDDING_ARCHITECTURES
+
+    @property
+    def embeds_at_once(self) -> bool:
+        """Whether a text that it embeds must fit into one batch: llama-server splits it only for pooling `last`."""
+        return self.is_embedding and self.pooling_type != _POOLING_LAST
 
 
 def shards(path: Path) -> tuple[Path, ...]:

@@ -57,7 +57,7 @@ def predict(
     """What `-c ctx_total -np n_parallel --no-kv-unified` will take: in RAM, or with `ngl` layers on GPUs, there.
 
     `ctx_total` 0 means the trained context, as in llama-server. Within 15 % of llama-server's own buffers for models
-    of 300 MB and more; cross-checked in tests/test_ledger.py.
+    of 300 MB and more; see tests/test_ledger.py and tests/real/test_footprint.py.
     """
     cells = _pad(_pad(ctx_total or header.n_ctx_train) // n_parallel)
     k, v = _CACHE_BYTES.get(cache_type_k, 2.0), _CACHE_BYTES.get(cache_type_v, 2.0)

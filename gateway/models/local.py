@@ -33,6 +33,7 @@ log = logging.getLogger("corral.models")
 
 MOST_SLOTS = 4  # unless PARALLEL says otherwise
 CACHE_RAM_MB = 1024  # llama-server's own default is 8 GiB, which no estimate would show
+MOST_BATCH = 8192  # tokens of a text to embed; the memory for it grows with it
 LOAD_SECONDS = 1800.0  # a server that is not ready by then will not be
 _FIRST_POLL_SECONDS, _SLOWEST_POLL_SECONDS = 0.01, 0.25
 _MIB = 1024 * 1024
@@ -180,6 +181,7 @@ class LocalOwner(Owner):
     async def _plan(self, path: Path) -> Launch:
         settings = self._means.settings
         ctx, parallel = settings.ctx, settings.parallel
+        header: GGUFHeader | None = None
         try:
             header = await asyncio.to_thread(read_header, path)
         except (GGUFError, OSError) as error:
@@ -199,6 +201,9 @@ class LocalOwner(Owner):
             cache_ram_mb=CACHE_RAM_MB,
             extra_args=settings.extra_args,
             api_key=secrets.token_urlsafe(32),
+            embedding=header is not None and header.is_embedding,
+            reranking=header is not None and header.is_reranker,
+            batch=min(ctx, MOST_BATCH) if header is not None and header.embeds_at_once else 0,
             without=self._without,
         )
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from gateway.errors import CorralError
+from gateway.errors import CorralError, TooManyRequests
 from gateway.metrics import Metrics
 from gateway.pipeline.call import Call
 from gateway.pipeline.dialects import Dialect
@@ -101,6 +101,11 @@ class Accounts:
             stream=call.stream,
         )
 
+    def placed(self, record: Record, waited: float) -> None:
+        """It has its place, after so many seconds in the queue."""
+        record.queue_ms = waited * 1000
+        self._metrics.queue_wait.labels(record.model).observe(waited)
+
     def close(self, record: Record, call: Call, meter: Meter, streamed: bool) -> None:
         """`streamed`: llama-server's answer came as a stream, whatever the client asked for."""
         self.active -= 1
@@ -131,6 +136,8 @@ class Accounts:
         metrics.count_request(record.route, call.method, record.status, model)
         metrics.duration.labels(record.route).observe(record.duration_ms / 1000)
         metrics.key_requests.labels(record.key_id).inc()
+        if record.status == TooManyRequests.status and record.error is not None:
+            metrics.rate_limited.labels(record.error).inc()
         if meter.first_at is None:
             return
         metrics.bytes_sent.inc(meter.bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -15,6 +16,8 @@ Fields = dict[str, msgspec.Raw]
 T = TypeVar("T")
 
 _decoder = msgspec.json.Decoder(Fields)
+_NUMBER = re.compile(rb"[-0-9]")
+_TOKENS = re.compile(rb"\[\s*[-0-9]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,14 @@ def parse_json_object(body: bytes) -> Fields:
         raise InvalidJSON("the body is nested too deeply") from None
 
 
+def decoded(fields: Fields) -> dict[str, object]:
+    """All values of a parsed object. Raises InvalidJSON."""
+    try:
+        return {name: msgspec.json.decode(value) for name, value in fields.items()}
+    except msgspec.DecodeError as error:  # such as 1e400
+        raise InvalidJSON(f"the body is not valid JSON: {error}") from None
+
+
 def take_model(fields: Fields) -> str | None:
     return typed_field(fields, "model", str, "a string")
 
@@ -78,13 +89,24 @@ def take_stream(fields: Fields) -> bool:
 
 
 def take_places(fields: Fields) -> int:
-    """How many slots it takes: one for each of `n` answers."""
-    n = typed_field(fields, "n", int, "a whole number")
-    if n is None:
+    """How many slots it takes: one for each of `n` answers to each of its prompts."""
+    for name in ("n_cmpl", "n"):  # llama-server lets the first one override the other
+        n = typed_field(fields, name, int, "a whole number")
+        if n is None:
+            continue
+        if not 1 <= n <= 128:
+            raise BadRequest(f"{name} is {n}: must be from 1 to 128", param=name)
+        return n * _prompts(fields)
+    return _prompts(fields)
+
+
+def _prompts(fields: Fields) -> int:
+    """A list is one prompt if there is a token among its items; else each item is a prompt of its own."""
+    prompt = bytes(fields.get("prompt", b""))
+    if not prompt.startswith(b"[") or _TOKENS.match(prompt):
         return 1
-    if not 1 <= n <= 128:
-        raise BadRequest(f"n is {n}: must be from 1 to 128", param="n")
-    return n
+    items = msgspec.json.decode(prompt, type=list[msgspec.Raw])
+    return 1 if any(_NUMBER.match(bytes(item)) for item in items) else max(1, len(items))
 
 
 def typed_field(fields: Fields, name: str, kind: type[T], allowed: str) -> T | None:

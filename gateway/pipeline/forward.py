@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import msgspec
 
@@ -15,16 +16,16 @@ from gateway.models.manager import Manager
 from gateway.models.owner import Lease
 from gateway.models.registry import ModelSpec
 from gateway.pipeline.account import CLIENT_LEFT, Accounts, Record, note_failure
-from gateway.pipeline.call import Call
+from gateway.pipeline.call import Call, decoded
+from gateway.pipeline.progress import PROGRESS_FIELD, TELL_PROGRESS, ask_progress
 from gateway.pipeline.shield import guarded
 from gateway.pipeline.splice import Answer
 from gateway.pipeline.whole import WholeAnswer
 from gateway.settings import Settings
 from gateway.stores.keyfile import Key
 
-# A whole answer of more tokens than this is asked for as a stream and assembled here: only a stream's slot is free
-# at once when its client leaves. A shorter one is not worth the assembling.
 LONG_ANSWER_TOKENS = 32
+LONG_PROMPT_BYTES = 16 * 1024
 MAX_ERROR_BYTES = 1024 * 1024
 _NO_PLACE = frozenset({"tokenize", "detokenize", "apply-template", "count_tokens"})
 
@@ -88,12 +89,13 @@ class Spine:
     async def _admitted(self, call: Call, spec: ModelSpec, answer: Answer, record: Record) -> bool:
         """Steps 4 to 6; whether llama-server's answer was a stream."""
         loop = asyncio.get_running_loop()
+        asked_at = loop.time()
         wait = self._settings.queue_timeout_seconds
         deadline = call.received_at + (wait if call.max_wait is None else min(wait, call.max_wait))
         places = 0 if call.route.dialect.value in _NO_PLACE else call.places
         async with self._queues[spec.id].place(Ticket(call.caller, places, call.size, deadline)):  # 4
             placed_at = loop.time()
-            record.queue_ms = (placed_at - call.received_at) * 1000
+            self._accounts.placed(record, placed_at - asked_at)
             call.headers_out.append(("x-queue-time-ms", str(int(record.queue_ms))))
             async with self._manager.lease(spec.id) as lease:  # 5
                 await lease.backend(deadline)
@@ -102,50 +104,74 @@ class Spine:
 
     async def _stream(self, call: Call, spec: ModelSpec, lease: Lease, answer: Answer, deadline: float) -> bool:
         owner = self._manager.owners[spec.id]
-        body, assembling = self._prepared(call, owner.ctx or self._settings.ctx)
+        upstream = self._prepared(call, owner.ctx or self._settings.ctx)
         headers = [("traceparent", call.traceparent), ("x-request-id", call.request_id)]
         backend = await lease.backend(deadline)
         for last_try in (False, True):
             try:
                 reply = await backend.request(
-                    call.method, call.route.upstream, body, content_type=call.content_type, headers=headers
+                    call.method, call.route.upstream, upstream.body, content_type=call.content_type, headers=headers
                 )
-                await self._deliver(call, reply, answer, assembling)
+                await self._deliver(call, reply, answer, upstream)
                 break
             except BackendGone:
                 if last_try or answer.meter.first_at is not None:
                     raise
                 backend = await lease.restarted(deadline)
-        return call.stream or assembling is not None
+        return call.stream or upstream.assembling is not None
 
-    def _prepared(self, call: Call, ctx: int) -> tuple[bytes, dict[str, object] | None]:
-        """The body to send, and the request behind it where a whole answer will be assembled from a stream."""
+    def _prepared(self, call: Call, ctx: int) -> _Upstream:
         if call.raw is not None:
-            return call.raw, None
+            return _Upstream(call.raw)
         settings, dialect = self._settings, call.route.dialect
         most = min(settings.max_tokens_limit or ctx or 2**31 - 1, ctx or 2**31 - 1)
         fields, bound = guarded(call, default_tokens=settings.max_tokens_default, most_tokens=most)
-        if not call.stream and bound > LONG_ANSWER_TOKENS:
-            request = {name: msgspec.json.decode(value) for name, value in fields.items()}
+        if not call.stream and is_long(call, bound):
+            request = decoded(fields)
             if dialect.assembles(request):
-                return msgspec.json.encode(dialect.ask_stream(request)), request
+                asked = dialect.ask_stream(request)
+                if dialect in TELL_PROGRESS:
+                    asked[PROGRESS_FIELD] = True
+                return _Upstream(msgspec.json.encode(asked), assembling=request)
         if call.stream and "response_fields" in fields:
-            request = {name: msgspec.json.decode(value) for name, value in fields.items()}
-            return msgspec.json.encode(dialect.keep_terminator(request)), None
-        return msgspec.json.encode(fields), None
+            return _Upstream(msgspec.json.encode(dialect.keep_terminator(decoded(fields))))
+        skip_progress = call.stream and ask_progress(dialect, fields)
+        return _Upstream(msgspec.json.encode(fields), skip_progress=skip_progress)
 
-    async def _deliver(self, call: Call, reply: Reply, answer: Answer, assembling: dict[str, object] | None) -> None:
+    async def _deliver(self, call: Call, reply: Reply, answer: Answer, upstream: _Upstream) -> None:
         if reply.status != 200:
             raise translate_error(reply.status, await reply.read(MAX_ERROR_BYTES))
-        if assembling is None:
-            answer.begin(reply)
+        if upstream.assembling is None:
+            answer.begin(reply, skip_progress=upstream.skip_progress)
             await reply.relay(answer)
             if answer.failure is not None:
                 raise answer.failure
         else:
-            assembly = WholeAnswer(call.route.dialect, assembling, answer.meter)
+            assembly = WholeAnswer(call.route.dialect, upstream.assembling, answer.meter)
             await reply.relay(assembly)
             answer.whole(200, "application/json; charset=utf-8", assembly.result())
+
+
+@dataclass(frozen=True, slots=True)
+class _Upstream:
+    """What goes to llama-server."""
+
+    body: bytes
+    assembling: dict[str, object] | None = None  # the request behind it, where its stream will be put together
+    skip_progress: bool = False  # its stream will begin with progress events that the client did not ask for
+
+
+def is_long(call: Call, bound: int) -> bool:
+    """Whether a whole answer is asked for as a stream and assembled here.
+
+    Only a stream's slot is free soon after its client left; a short answer to a short prompt is not worth it. Of
+    several answers in one piece llama-server would tell the usage of the first one only, and `response_fields` would
+    hide it.
+    """
+    if not bound:
+        return False
+    several = call.places > 1 or "response_fields" in call.fields
+    return bound > LONG_ANSWER_TOKENS or call.size > LONG_PROMPT_BYTES or several
 
 
 def authorise(key: Key, spec: ModelSpec) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
+from enum import Enum, auto
 from typing import Protocol
 
 from gateway.backend import Reply
@@ -11,6 +13,7 @@ from gateway.errors import BackendError, CorralError
 from gateway.framing import LAST_CHUNK, Framing, frame
 from gateway.pipeline.account import Meter
 from gateway.pipeline.dialects import Dialect, error_in
+from gateway.pipeline.progress import ProgressFilter
 
 PING = b": ping\n\n"
 LINGER_SECONDS = 10.0  # a client that does not read its last bytes is cut then
@@ -18,12 +21,24 @@ LINGER_SECONDS = 10.0  # a client that does not read its last bytes is cut then
 Headers = list[tuple[str, str]]
 
 
+# An error event, in any dialect; cheap enough for each chunk, and made sure of by dialects.error_in.
+_ERROR = re.compile(rb'"error":\s?\{|event:\s?error')
+
+
+class _Wire(Enum):
+    """How what comes is put on the client's wire."""
+
+    PLAIN = auto()  # a body of known length, or an HTTP/1.0 client
+    AS_IT_COMES = auto()  # chunks as llama-server made them
+    FRAMED_ANEW = auto()
+
+
 class Answer(Protocol):
     """Where the spine sends an answer to; each door has one."""
 
     meter: Meter
 
-    def begin(self, reply: Reply) -> None: ...
+    def begin(self, reply: Reply, *, skip_progress: bool = False) -> None: ...
 
     def feed(self, raw: bytes, payload: bytes, last: bool) -> None: ...
 
@@ -62,21 +77,27 @@ class Splice:
         self._head = head
         self._dialect = dialect
         self._chunked = chunked  # the client speaks HTTP/1.1
-        self._framing = Framing.NONE
+        self._wire = _Wire.PLAIN
+        self._progress: ProgressFilter | None = None
         self._pending = b""  # the head, until it can go out with the first bytes
         self._reply: Reply | None = None
 
     # --- the spine's side
 
-    def begin(self, reply: Reply) -> None:
+    def begin(self, reply: Reply, *, skip_progress: bool = False) -> None:
         self._reply = reply
-        self._framing = reply.framing
+        self._progress = ProgressFilter() if skip_progress else None
+        framing = reply.framing
+        if not self._chunked or (framing in (Framing.LENGTH, Framing.NONE) and not self.begun):
+            self._wire = _Wire.PLAIN
+        else:
+            self._wire = _Wire.AS_IT_COMES if framing is Framing.CHUNKED else _Wire.FRAMED_ANEW
         if self.begun:
             return  # pings have gone out: the client has its head
         headers = [("Content-Type", reply.headers.get("content-type", "application/json"))]
-        if reply.framing is Framing.LENGTH:
+        if framing is Framing.LENGTH:
             headers.append(("Content-Length", reply.headers["content-length"]))
-        elif reply.framing is not Framing.NONE:
+        elif framing is not Framing.NONE:
             headers += self._open_ended()
         if self.stream:
             headers += _STREAM_HEADERS
@@ -86,23 +107,28 @@ class Splice:
         """From the socket of llama-server; see backend.Sink."""
         if self.failure is not None or self.finished:
             return
+        if self._progress is not None:
+            payload = self._progress.pass_on(payload, last)
+            raw = frame(payload) if payload else b""
+            if self._progress.over:
+                self._progress = None
         if payload:
-            if self.stream and b'"error":{' in payload and (told := error_in(payload)) is not None:
+            if self.stream and _ERROR.search(payload) and (told := error_in(payload)) is not None:
                 self.failure = _told(told)
                 return
             self.meter.see(payload)
-        if self._framing is not Framing.CHUNKED and self._framing is not Framing.UNTIL_CLOSE:
+        if self._wire is _Wire.AS_IT_COMES:
             out = raw
-        elif not self._chunked:
+        elif self._wire is _Wire.PLAIN or not payload:
             out = payload
         else:
-            out = raw if self._framing is Framing.CHUNKED else frame(payload) if payload else b""
+            out = frame(payload)
         if last:
             if self.stream and not self._dialect.ended_well(self.meter.tail):
                 self.failure = BackendError("llama-server ended its answer before it was complete")
             else:
                 self.finished = True
-                if self._chunked and self._framing in (Framing.CHUNKED, Framing.UNTIL_CLOSE):
+                if self._wire is not _Wire.PLAIN:
                     out += LAST_CHUNK
         self._write(out)
 
@@ -119,7 +145,6 @@ class Splice:
         if not self.begun and not self._pending:
             headers = [("Content-Type", "text/event-stream"), *self._open_ended(), *_STREAM_HEADERS]
             self._pending = self._head(200, headers)
-            self._framing = Framing.CHUNKED
         if not self.meter.tail or self.meter.tail.endswith(b"\n\n"):  # never inside an event
             self._write(frame(PING) if self._chunked else PING)
 

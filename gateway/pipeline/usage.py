@@ -120,12 +120,12 @@ def _choices(head: bytes, tail: bytes) -> int:
 
 
 def _finals(dialect: Dialect, tail: bytes) -> Iterator[Usage]:
-    """What each final event in the tail says; the first piece of the tail may lack its beginning."""
+    """What each final event in the tail says, the last one first; one may begin before the tail."""
     told = _usages(tail)
     if dialect is Dialect.RESPONSES:
         del told[:-1]
     if told:  # /v1/completions always; /v1/chat/completions with include_usage
-        for text in told:
+        for text in reversed(told):
             yield _of_usage(text)
         return
     if b"\r" in tail:

@@ -10,6 +10,7 @@ from gateway.pipeline.account import Meter
 from gateway.pipeline.assemble import assembler
 from gateway.pipeline.dialects import Dialect
 from gateway.pipeline.frames import FrameParser
+from gateway.pipeline.progress import ProgressFilter
 
 
 class WholeAnswer:
@@ -19,9 +20,14 @@ class WholeAnswer:
         self._frames = FrameParser()
         self._assembler = assembler(dialect, request)
         self._meter = meter
+        self._progress: ProgressFilter | None = ProgressFilter()
         self._failure: CorralError | None = None
 
     def feed(self, raw: bytes, payload: bytes, last: bool) -> None:
+        if self._progress is not None:
+            payload = self._progress.pass_on(payload, last)
+            if self._progress.over:
+                self._progress = None
         if self._failure is not None or not payload:
             return
         self._meter.see(payload)

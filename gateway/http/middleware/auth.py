@@ -8,7 +8,7 @@ from functools import lru_cache
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from gateway.errors import InsufficientScope, Unauthorized
+from gateway.errors import InsufficientScope, RateLimitExceeded, Unauthorized
 from gateway.http.context import CALLER, KEY, RUNTIME
 from gateway.stores.keyfile import SCOPES, Key
 from gateway.stores.keys import presented
@@ -37,6 +37,9 @@ async def auth(request: web.Request, handler: Handler) -> web.StreamResponse:
         except Unauthorized:
             runtime.metrics.auth_failures.inc()
             raise
+        except RateLimitExceeded:
+            runtime.metrics.rate_limited.labels("auth_failures").inc()
+            raise
     if not key.has(scope):
         raise InsufficientScope(f"the key {key.id} lacks the scope {scope}, which this route needs")
     request[KEY] = key
@@ -57,7 +60,8 @@ def client_address(request: web.Request, trusted: tuple[str, ...]) -> str:
     peer = request.remote or "unknown"
     if not trusted or not _is_trusted(peer, trusted):
         return peer
-    for hop in reversed(request.headers.get("X-Forwarded-For", "").split(",")):
+    hops = ",".join(request.headers.getall("X-Forwarded-For", []))  # some proxies add a line of their own
+    for hop in reversed(hops.split(",")):
         address = hop.strip()
         if address and not _is_trusted(address, trusted):
             return address

@@ -9,7 +9,7 @@ import secrets
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from gateway.http.context import ACCOUNTED, RECEIVED_AT, REQUEST_ID, RUNTIME, TRACEPARENT
+from gateway.http.context import ACCOUNTED, RECEIVED_AT, REQUEST_ID, RUNTIME, TRACEPARENT, new_request_id
 
 _SANE = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
@@ -20,7 +20,7 @@ async def request_id(request: web.Request, handler: Handler) -> web.StreamRespon
     request[RECEIVED_AT] = asyncio.get_running_loop().time()
     headers = request.headers
     given = headers.get("x-request-id")
-    request[REQUEST_ID] = given if given and _SANE.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+    request[REQUEST_ID] = given if given and _SANE.fullmatch(given) else new_request_id()
     request[TRACEPARENT] = continued(headers.get("traceparent"))
     response = await handler(request)
     if not request.get(ACCOUNTED):

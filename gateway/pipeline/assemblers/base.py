@@ -31,7 +31,7 @@ class Assembler(ABC):
     """Takes a stream's frames and gives the answer that llama-server would have given without streaming.
 
     Equal but for ids, times and counts of cached tokens, and for an answer that its bound cut off while the stream
-    held something back: half a character (else shown as U+FFFD), or a token that could have begun a stop string.
+    held something back: half a character (else shown as U+FFFD), or tokens that could have begun a stop string.
     """
 
     def __init__(self, request: Mapping[str, Any]) -> None:
