@@ -84,4 +84,5 @@ async def listening(runtime: Runtime) -> AsyncIterator[int]:
         yield server.sockets[0].getsockname()[1]
     finally:
         server.close()
+        await runtime.spine.cut()
         await runner.cleanup()

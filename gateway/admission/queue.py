@@ -77,11 +77,9 @@ class Queue:
         service drains meanwhile. However it ends, and also when cancelled, nothing stays behind.
         """
         loop = asyncio.get_running_loop()
-        places = min(ticket.places, self.capacity)
         if self._closed:
             raise ShuttingDown("the service is shutting down", retry_after=5)
-        if places:
-            await self._enter(ticket, places, loop)
+        places = await self._enter(ticket, loop) if ticket.places else 0
         begun = loop.time()
         try:
             yield
@@ -104,17 +102,20 @@ class Queue:
         """Seconds until a place is likely free for one who comes now."""
         return max(1.0, self._service_seconds * (len(self._waiting) + 1) / max(1, self.capacity))
 
-    async def _enter(self, ticket: Ticket, places: int, loop: asyncio.AbstractEventLoop) -> None:
+    async def _enter(self, ticket: Ticket, loop: asyncio.AbstractEventLoop) -> int:
+        """How many places it got: never more than there are, which can change while it waits."""
+        places = min(ticket.places, self.capacity)
         if not self._waiting and self.active + places <= self.capacity:
             self.active += places
-            return
+            return places
         self._check_bounds(ticket)
-        waiter = _Waiter(places, loop.create_future())
+        waiter = _Waiter(ticket.places, loop.create_future())
         self._waiting.append(waiter)
         self._budget.held += ticket.size
         try:
             async with asyncio.timeout_at(ticket.deadline):
                 await waiter.granted
+            return waiter.places
         except TimeoutError:
             self._leave(waiter)
             self._count_rejection("timeout")

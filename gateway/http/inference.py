@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 from aiohttp import HttpVersion11, web
 
@@ -30,6 +31,8 @@ from gateway.pipeline.call import Call, Route, parse_json_object, take_model, ta
 from gateway.pipeline.dialects import Dialect
 from gateway.pipeline.splice import Headers, Splice
 from gateway.settings import Settings
+
+log = logging.getLogger("corral.http")
 
 # Route template → llama-server's own path. Beware: without /v1 `completions` and `embeddings` are llama-server's
 # native ones, and answer in another shape.
@@ -89,18 +92,38 @@ async def infer(request: web.Request) -> web.StreamResponse:
     try:
         await runtime.spine.forward(call, splice)
     except CorralError as error:
-        if not splice.begun:
-            error.extra_headers = dict(call.headers_out) | error.extra_headers
+        tell(splice, call, error)
+    except asyncio.CancelledError:
+        if transport.is_closing():  # the client has left
+            splice.cut()
             raise
-        splice.fail(error)
-    except BaseException:  # cancelled: the client left, or the service ends
-        if splice.begun:
-            splice.fail(ShuttingDown("the service is shutting down"))
-        raise
+        _not_cancelled_after_all()
+        tell(splice, call, ShuttingDown("the service is shutting down", retry_after=5))
+    except Exception:
+        if not splice.begun:
+            raise
+        log.exception("an answer broke off", extra={"request_id": call.request_id, "key_id": call.key.id})
+        tell(splice, call, CorralError("something went wrong inside the gateway"))
     finally:
         connection.splice = None
         runtime.pinger.discard(splice)
     return Relayed(keep_alive=keep_alive and not splice.was_cut)
+
+
+def tell(splice: Splice, call: Call, error: CorralError) -> None:
+    """Before the answer has begun the error is raised and becomes a response; after that it goes into the answer."""
+    if splice.begun:
+        splice.fail(error)
+        return
+    error.extra_headers = dict(call.headers_out) | error.extra_headers
+    raise error
+
+
+def _not_cancelled_after_all() -> None:
+    """This task goes on, to tell its client what has happened."""
+    task = asyncio.current_task()
+    assert task is not None
+    task.uncancel()
 
 
 def make_call(request: web.Request, body: bytes) -> Call:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -44,6 +45,7 @@ class Spine:
         self._queues = queues
         self._limits = limits
         self._accounts = accounts
+        self._running: set[asyncio.Task[object]] = set()
 
     async def forward(self, call: Call, answer: Answer) -> None:
         """Bring `call` to a model and its answer to `answer`.
@@ -59,6 +61,9 @@ class Spine:
         Raises CorralError; where `answer` has begun by then, the door tells the client inside the answer. When
         cancelled, because the client left, every step gives back what it holds and the backend's connection closes.
         """
+        task = asyncio.current_task()
+        assert task is not None
+        self._running.add(task)
         record = self._accounts.open(call)
         streamed = call.stream
         try:
@@ -84,7 +89,16 @@ class Spine:
             record.status, record.error = 500, "internal_error"
             raise
         finally:
+            self._running.discard(task)
             self._accounts.close(record, call, answer.meter, streamed)  # 7
+
+    async def cut(self, within: float = 2.0) -> None:
+        """Cancel what still runs, for the service ends; returns when all of it has given back what it held."""
+        for task in tuple(self._running):
+            task.cancel()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within):
+                await self._accounts.idle.wait()
 
     async def _admitted(self, call: Call, spec: ModelSpec, answer: Answer, record: Record) -> bool:
         """Steps 4 to 6; whether llama-server's answer was a stream."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gateway.pipeline.forward import LONG_ANSWER_TOKENS
-from tests.house import Gateway, Response
+from tests.house import Gateway, Response, running_gateway
 from tests.real.scrape import Growth
 
 pytestmark = pytest.mark.real
@@ -200,11 +202,20 @@ def test_what_generates_nothing_counts_no_tokens(gateway: Gateway) -> None:
     assert growth.of("gateway_requests_total", path="/tokenize") == 2
 
 
-def test_an_answer_without_a_bound_ends_at_the_limit(gateway: Gateway) -> None:
-    """A stop word ends it here, so that it need not run to the end of the context."""
-    answer = gateway.request("POST", "/v1/completions", {"prompt": TEXT, "stop": [" "], "temperature": 0}).json()
-    assert answer["choices"][0]["finish_reason"] == "stop"
-    assert answer["usage"]["completion_tokens"] <= 2
+@pytest.fixture(scope="module")
+def bounded(tmp_path_factory: pytest.TempPathFactory, chat_model: Path) -> Iterator[Gateway]:
+    limits = {"MAX_TOKENS_DEFAULT": "20", "MAX_TOKENS_LIMIT": "50"}
+    with running_gateway(tmp_path_factory.mktemp("bounded"), MODEL_PATH=str(chat_model), **limits) as running:
+        yield running
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("way", [pytest.param(way, id=name) for name, way in WAYS.items()])
+def test_an_answer_ends_at_the_bound(bounded: Gateway, way: Way, stream: bool) -> None:
+    for asked, expected in (({}, 20), ({way.bound: 3}, 3), ({way.bound: 1000}, 50), ({"n_predict": 1000}, 50)):
+        growth = Growth(bounded)
+        assert bounded.request("POST", way.path, {**way.asked, **asked, "stream": stream}).status == 200
+        assert growth.of("gateway_tokens_total", direction="out") == expected, asked
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])

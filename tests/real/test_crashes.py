@@ -1,0 +1,165 @@
+"""Processes that die: llama-server under a stream, the gateway over its llama-server."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.house import ADMIN, USER, Gateway, eventually, running_gateway
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(60)]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def stream(gateway: Gateway, text: str = "tell me", tokens: int = 10_000) -> Iterator[http.client.HTTPConnection]:
+    """A connection on which a streaming request has been sent."""
+    connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=40)
+    body = {"messages": [{"role": "user", "content": text}], "max_tokens": tokens, "stream": True}
+    headers = {"Authorization": f"Bearer {USER}", "Content-Type": "application/json"}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+    with contextlib.closing(connection):
+        yield connection
+
+
+@contextlib.contextmanager
+def running_stream(gateway: Gateway, tokens: int = 10_000) -> Iterator[http.client.HTTPResponse]:
+    """The response of a stream whose first bytes have come."""
+    with stream(gateway, tokens=tokens) as connection, connection.getresponse() as response:
+        assert response.status == 200
+        response.readline()
+        yield response
+
+
+def read_to_the_end(response: http.client.HTTPResponse) -> tuple[bytes, bool]:
+    """What came, and whether it ended as HTTP wants."""
+    received = b""
+    try:
+        while part := response.read1():
+            received += part
+    except (http.client.IncompleteRead, ConnectionError):
+        return received, False
+    return received, True
+
+
+def test_llama_server_killed_in_the_middle_of_a_stream(tmp_path: Path, slow_model: Path) -> None:
+    """An error frame and a cut; then everything goes on, with a new process."""
+    with running_gateway(tmp_path, MODEL_PATH=str(slow_model), CTX="16384") as gateway:
+        first = gateway.model()["pid"]
+        with running_stream(gateway) as response:
+            os.kill(first, signal.SIGKILL)
+            received, clean = read_to_the_end(response)
+        assert not clean
+        last = received.strip().rpartition(b"\n\n")[2]
+        assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "backend_error"
+        assert b"[DONE]" not in received
+        assert gateway.chat().status == 200
+        assert gateway.model()["pid"] != first
+        assert "model.crashed" in gateway.stderr
+        text = gateway.get("/metrics", key=None).body.decode()
+        assert 'gateway_model_restarts_total{model="slow"} 1.0' in text
+
+
+def test_a_request_whose_server_died_before_the_first_byte_is_tried_once_more(
+    tmp_path: Path, slow_model: Path
+) -> None:
+    with running_gateway(tmp_path, MODEL_PATH=str(slow_model), EXTRA_ARGS="-b 32") as gateway:
+        first = gateway.model()["pid"]
+        with stream(gateway, "word " * 400, tokens=4) as connection:
+            eventually(lambda: gateway.slots_busy() == 1)
+            os.kill(first, signal.SIGKILL)
+            received, clean = read_to_the_end(connection.getresponse())
+        assert clean and received.endswith(b"data: [DONE]\n\n"), received[-300:]
+        assert gateway.model()["pid"] != first
+
+
+def test_no_llama_server_outlives_a_killed_gateway(tmp_path: Path, chat_model: Path) -> None:
+    with running_gateway(tmp_path, MODEL_PATH=str(chat_model)) as gateway:
+        child = gateway.model()["pid"]
+        gateway.process.kill()
+        begun = time.monotonic()
+        eventually(lambda: not alive(child), 5)
+        assert time.monotonic() - begun < 2
+
+
+def test_single_model_state_goes_back_to_loading_and_to_failed_when_retries_are_used_up(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + b"\0" * 100)
+    with running_gateway(tmp_path / "run", ready=False, MODEL_PATH=str(broken)) as gateway:
+        health = eventually(
+            lambda: (reply := gateway.get("/health", key=None)).json()["state"] == "failed" and reply, 30
+        )
+        assert health.status == 503
+        assert "broken" in health.json()["detail"]
+        refused = gateway.chat()
+        assert (refused.status, refused.json()["error"]["code"]) == (503, "model_failed")
+        assert refused.headers["retry-after"]
+
+
+class TestShutdown:
+    def test_running_streams_finish_and_new_requests_are_told(self, tmp_path: Path, slow_model: Path) -> None:
+        with running_gateway(tmp_path, MODEL_PATH=str(slow_model), CTX="16384") as gateway:
+            child = gateway.model()["pid"]
+            with running_stream(gateway, tokens=400) as response:
+                gateway.process.send_signal(signal.SIGTERM)
+                refused = eventually(lambda: (reply := gateway.chat()).status == 503 and reply)
+                assert refused.json()["error"]["code"] == "shutting_down"
+                assert refused.headers["retry-after"]
+                assert gateway.get("/readyz", key=None).status == 503
+                received, clean = read_to_the_end(response)
+            assert clean and received.endswith(b"data: [DONE]\n\n")
+            assert gateway.process.wait(20) == 0
+            assert not alive(child)
+            assert "model.crashed" not in gateway.stderr
+
+    def test_the_grace_is_bounded_and_the_client_is_told(self, tmp_path: Path, slow_model: Path) -> None:
+        with running_gateway(
+            tmp_path, MODEL_PATH=str(slow_model), CTX="16384", SHUTDOWN_GRACE_SECONDS="0.5"
+        ) as gateway:
+            child = gateway.model()["pid"]
+            with running_stream(gateway) as response:
+                begun = time.monotonic()
+                gateway.process.send_signal(signal.SIGTERM)
+                received, clean = read_to_the_end(response)
+            assert not clean
+            assert b'"code":"shutting_down"' in received[-400:]
+            assert gateway.process.wait(20) == 0
+            assert time.monotonic() - begun < 10
+            assert not alive(child)
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_a_second_signal_ends_it_at_once(
+        self, tmp_path: Path, slow_model: Path, number: signal.Signals
+    ) -> None:
+        with running_gateway(tmp_path, MODEL_PATH=str(slow_model), CTX="16384") as gateway:
+            child = gateway.model()["pid"]
+            with running_stream(gateway):
+                gateway.process.send_signal(number)
+                eventually(lambda: gateway.get("/readyz", key=None).status == 503)
+                begun = time.monotonic()
+                gateway.process.send_signal(number)
+                assert gateway.process.wait(10) == 0
+            assert time.monotonic() - begun < 3
+            assert not alive(child)
+            assert "model.crashed" not in gateway.stderr
+
+    def test_while_the_model_loads(self, tmp_path: Path, slow_model: Path) -> None:
+        with running_gateway(tmp_path, ready=False, MODEL_PATH=str(slow_model)) as gateway:
+            eventually(lambda: gateway.get("/healthz", key=None).status == 200)
+            child = gateway.get("/status", key=ADMIN).json()["instances"][0]["pid"]
+            assert gateway.stop() == 0
+            assert child is None or not alive(child)
