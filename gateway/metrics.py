@@ -56,6 +56,7 @@ class Metrics:
         self.loop_lag = self._histogram(
             "event_loop_lag_seconds", "How late a timer fired on the event loop", buckets=_SHORT
         )
+        self.tasks = self._gauge("asyncio_tasks", "Tasks on the event loop")
         self.log_errors = self._gauge("log_write_errors", "Log entries that no file could take")
         self.uptime = self._gauge("uptime_seconds", "Since the start of the gateway")
         self.uptime.set_function(lambda: time.monotonic() - self.started)

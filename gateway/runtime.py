@@ -211,6 +211,8 @@ def _connect(runtime: Runtime) -> None:
             log.warning("%s", problem)
         runtime.events.emit("keys.reloaded", f"{report.loaded} keys are loaded")
 
+    loop = asyncio.get_running_loop()
+    metrics.tasks.set_function(lambda: len(asyncio.all_tasks(loop)))
     board.listen(model_changed)
     for model_id in board.models:
         model_changed(model_id)

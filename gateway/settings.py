@@ -13,7 +13,7 @@ import re
 import shlex
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class Variable:
 
 
 def _var(default: Any, help: str, **about: Any) -> Any:
-    return field(default=default, metadata={"help": help, **about})
+    return field(default=default, repr=not about.get("secret"), metadata={"help": help, **about})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,24 +214,26 @@ def load_settings(
     Raises ConfigError with one line for each wrong value.
     """
     real = os.environ if environ is None else environ
-    from_file = _read_dotenv(dotenv)
-    given = {**from_file, **real}
+    layers = (real, _read_dotenv(dotenv))
     problems: list[str] = []
     warnings: list[str] = []
     values: dict[str, Any] = {}
     for var in variables():
-        text = _lookup(var, given, warnings)
+        text = _lookup(var, layers, warnings)
         try:
             if text is not None:
                 values[var.name] = _parse(var, text)
             elif file is not None and var.file and (value := _dig(file, var.file)) is not None:
-                values[var.name] = _parse(var, _as_text(value), shown=var.file)
+                if text := _as_text(value).strip():
+                    values[var.name] = _parse(var, text, shown=var.file)
         except ValueError as error:
             problems.append(str(error))
     explicit = frozenset(values)
     _resolve_paths(values)
-    if "PORT_HEALTH" not in values and on_runpod(given):
+    if "PORT_HEALTH" not in values and any(map(on_runpod, layers)):
         values["PORT_HEALTH"] = values.get("PORT", 8000)
+    if "PORT_BACKEND" not in values and values.get("PORT") == 8080:
+        values["PORT_BACKEND"] = 8081  # Cloud Run and others say PORT=8080; only who names both can be wrong
     settings = Settings(
         **{name.lower(): value for name, value in values.items()}, warnings=tuple(warnings), explicit=explicit
     )
@@ -280,15 +282,14 @@ def _read_dotenv(path: Path | None) -> dict[str, str]:
     return {key: value for key, value in dotenv_values(path, interpolate=False).items() if value is not None}
 
 
-def _lookup(var: Variable, given: Mapping[str, str], warnings: list[str]) -> str | None:
-    """The value's text, or None where neither the name nor an older one is set. An empty value counts as unset."""
-    if given.get(var.name, "").strip():
-        return given[var.name].strip()
-    for name in var.aliases + var.deprecated:
-        if text := given.get(name, "").strip():
-            if name in var.deprecated:
-                warnings.append(f"{name} is deprecated: use {var.name}")
-            return text
+def _lookup(var: Variable, layers: Sequence[Mapping[str, str]], warnings: list[str]) -> str | None:
+    """The value's text in the first layer that has it under its name or an older one; an empty value counts as unset."""
+    for given in layers:
+        for name in (var.name, *var.aliases, *var.deprecated):
+            if text := given.get(name, "").strip():
+                if name in var.deprecated:
+                    warnings.append(f"{name} is deprecated: use {var.name}")
+                return text
     return None
 
 

@@ -32,6 +32,14 @@ def llama_server() -> Path:
     return Path(path)
 
 
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and only waits for its parent does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

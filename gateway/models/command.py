@@ -17,15 +17,20 @@ INHERITED_PREFIXES = ("CUDA", "NVIDIA", "HF_", "GGML_", "HIP_", "ROCR_", "OMP_",
 _FORBIDDEN = {
     **dict.fromkeys(("--host", "--port", "--reuse-port"), "the gateway chooses where llama-server listens"),
     **dict.fromkeys(("--api-key", "--api-key-file"), "the gateway makes a key for each start"),
-    **dict.fromkeys(("-m", "--model", "-mu", "--model-url", "-hf", "-hfr", "--hf-repo"), "set MODEL_NAME or MODEL_URL"),
+    **dict.fromkeys(("-m", "--model", "-mu", "--model-url"), "set MODEL_NAME or MODEL_URL"),
+    **dict.fromkeys(("-hf", "-hfr", "--hf-repo", "-hff", "--hf-file", "-dr", "--docker-repo"), "set MODEL_HF"),
     **dict.fromkeys(("-a", "--alias"), "the model's id is its alias"),
     **dict.fromkeys(("-c", "--ctx-size"), "set CTX"),
     **dict.fromkeys(("-np", "--parallel"), "set PARALLEL"),
     **dict.fromkeys(("--models-dir", "--models-max", "--models-preset"), "the gateway runs one model in each server"),
     **dict.fromkeys(("--ssl-key-file", "--ssl-cert-file"), "the gateway talks plain HTTP to it"),
-    **dict.fromkeys(("--api-prefix", "--path", "--webui", "--props", "--tools"), "only the listed routes are served"),
+    **dict.fromkeys(("--api-prefix", "--path", "--webui", "--ui", "--props"), "only the listed routes are served"),
+    **dict.fromkeys(("--webui-mcp-proxy", "--ui-mcp-proxy"), "only the listed routes are served"),
+    **dict.fromkeys(("--tools", "--tools-runtime", "-ag", "--agent"), "clients could run programs"),
+    **dict.fromkeys(("--mcp-servers-config", "--mcp-servers-json"), "clients could run programs"),
     **dict.fromkeys(("--kv-unified", "-kvu"), "an overflow of one request would end all of them"),
     **dict.fromkeys(("--log-file", "--log-disable"), "its output goes to the gateway's logs"),
+    **dict.fromkeys(("-v", "--verbose", "--log-verbose", "--log-prompts-dir"), "it would write prompts into logs"),
 }
 
 # Not every build knows these; one that a build refuses is left out, and the start is tried again.
@@ -57,8 +62,14 @@ def check_extra_args(text: str) -> list[str]:
     return [
         f"EXTRA_ARGS has {word}: {_FORBIDDEN[flag]}"
         for word in shlex.split(text)
-        if (flag := word.partition("=")[0]) in _FORBIDDEN
+        if (flag := _canonical(word)) in _FORBIDDEN
     ]
+
+
+def _canonical(word: str) -> str:
+    """llama-server itself takes `--api_key` for `--api-key`."""
+    flag = word.partition("=")[0]
+    return flag.replace("_", "-") if flag.startswith("--") else flag
 
 
 def build_argv(spec: ModelSpec, model: Path, launch: Launch) -> list[str]:

@@ -99,14 +99,14 @@ def _named(models_dir: Path, name: str) -> Path:
     shards = sorted(models_dir.glob(f"{_escape(name)}-00001-of-?????.gguf"))
     if shards:
         return shards[0]
-    found = ", ".join(sorted(path.name for path in find_models(models_dir))) or "no model"
+    found = _names(models_dir, find_models(models_dir)) or "no model"
     raise ConfigError([f"MODEL_NAME={name!r}: no such model in {models_dir}; there is: {found}"])
 
 
 def _in_folder(folder: Path, name: str) -> Path:
     models = find_models(folder)
     if len(models) != 1:
-        found = ", ".join(path.name for path in models) or "none"
+        found = _names(folder, models) or "none"
         raise ConfigError([f"{name}={str(folder)!r}: the folder must hold exactly one model; it holds: {found}"])
     return models[0]
 
@@ -117,8 +117,12 @@ def _only(models_dir: Path) -> Path:
         return models[0]
     if not models:
         raise ConfigError([f"no model: set MODEL_NAME, MODEL_PATH, MODEL_URL or put a .gguf file into {models_dir}"])
-    names = ", ".join(_model_id(path) for path in models)
-    raise ConfigError([f"{models_dir} holds several models: set MODEL_NAME to one of {names}"])
+    raise ConfigError([f"{models_dir} holds several models: set MODEL_NAME to one of {_names(models_dir, models)}"])
+
+
+def _names(models_dir: Path, models: Iterable[Path]) -> str:
+    """What MODEL_NAME may be for each of them; `_named` finds it by that."""
+    return ", ".join((path.relative_to(models_dir).parent / _model_id(path)).as_posix() for path in models)
 
 
 def find_models(folder: Path) -> list[Path]:
@@ -136,7 +140,8 @@ def _projector(path: Path) -> Path | None:
     candidates = sorted(path.parent.glob("mmproj*.gguf"))
     if len(find_models(path.parent)) == 1 and len(candidates) == 1:
         return candidates[0]
-    return next((item for item in candidates if _model_id(path) in item.stem), None)
+    named = re.compile(rf"(?<![^\W_]){re.escape(_model_id(path))}(?![^\W_])")  # `qwen` is not in `qwen2`
+    return next((item for item in candidates if named.search(item.stem)), None)
 
 
 def _model_id(path: Path) -> str:

@@ -204,7 +204,7 @@ def test_what_generates_nothing_counts_no_tokens(gateway: Gateway) -> None:
 
 @pytest.fixture(scope="module")
 def bounded(tmp_path_factory: pytest.TempPathFactory, chat_model: Path) -> Iterator[Gateway]:
-    limits = {"MAX_TOKENS_DEFAULT": "20", "MAX_TOKENS_LIMIT": "50"}
+    limits: dict[str, Any] = {"MAX_TOKENS_DEFAULT": "20", "MAX_TOKENS_LIMIT": "50"}
     with running_gateway(tmp_path_factory.mktemp("bounded"), MODEL_PATH=str(chat_model), **limits) as running:
         yield running
 

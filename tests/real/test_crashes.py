@@ -13,16 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.house import ADMIN, USER, Gateway, eventually, running_gateway
+from tests.house import ADMIN, USER, Gateway, alive, eventually, running_gateway
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(60)]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @contextlib.contextmanager
@@ -74,9 +67,7 @@ def test_llama_server_killed_in_the_middle_of_a_stream(tmp_path: Path, slow_mode
         assert 'gateway_model_restarts_total{model="slow"} 1.0' in text
 
 
-def test_a_request_whose_server_died_before_the_first_byte_is_tried_once_more(
-    tmp_path: Path, slow_model: Path
-) -> None:
+def test_a_request_whose_server_died_before_the_first_byte_is_tried_once_more(tmp_path: Path, slow_model: Path) -> None:
     with running_gateway(tmp_path, MODEL_PATH=str(slow_model), EXTRA_ARGS="-b 32") as gateway:
         first = gateway.model()["pid"]
         with stream(gateway, "word " * 400, tokens=4) as connection:
@@ -142,9 +133,7 @@ class TestShutdown:
             assert not alive(child)
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-    def test_a_second_signal_ends_it_at_once(
-        self, tmp_path: Path, slow_model: Path, number: signal.Signals
-    ) -> None:
+    def test_a_second_signal_ends_it_at_once(self, tmp_path: Path, slow_model: Path, number: signal.Signals) -> None:
         with running_gateway(tmp_path, MODEL_PATH=str(slow_model), CTX="16384") as gateway:
             child = gateway.model()["pid"]
             with running_stream(gateway):

@@ -307,7 +307,12 @@ def test_what_reaches_llama_server(watched: Gateway) -> None:
         "X-Conversation-Id": "abc",
         "X-Forwarded-For": "192.0.2.7",
     }
-    dangerous = {"id_slot": 1, "lora": [{"id": 0, "scale": 1}], "sse_ping_interval": 1, "n_predict": 10**6}
+    dangerous: dict[str, Any] = {
+        "id_slot": 1,
+        "lora": [{"id": 0, "scale": 1}],
+        "sse_ping_interval": 1,
+        "n_predict": 10**6,
+    }
     before = len(seen(watched))
     assert watched.chat(headers=mine, user="me", model="gpt-4o", **dangerous).status == 200
     (row,) = seen(watched)[before:]

@@ -20,7 +20,6 @@ from gateway.http.context import REQUEST_ID
 log = logging.getLogger("corral.http")
 
 _ANTHROPIC_TYPES = {
-    400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
@@ -48,7 +47,7 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
 def render(request: web.Request, error: CorralError) -> web.Response:
     body: dict[str, Any] = error.body()
     if request.path.startswith(("/v1/messages", "/messages")):
-        kind = _ANTHROPIC_TYPES.get(error.status, "api_error")
+        kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
         body = {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": request[REQUEST_ID]}
     response = web.json_response(body, status=error.status, headers=error.headers())
     if error.status in (408, 413):
