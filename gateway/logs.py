@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import IO, Any
 
 MAX_FILE_BYTES = 50 * 1024 * 1024
+MAX_FILE_SECONDS = 86_400.0  # a file is written for a day at most
 MAX_AGE_SECONDS = 14 * 86_400
 KEEP_FILES = 20  # of each kind
+LIVE_SECONDS = 3600.0  # another instance's file that was written so recently is in use
 
 _SECRET = re.compile(r"sk-[A-Za-z0-9_-]+-[A-Za-z0-9_-]{43}|(?<=Bearer )[^\s\"']+")
 
@@ -30,24 +32,28 @@ class LogFile:
 
     def __init__(self, folder: Path, kind: str, instance: str) -> None:
         self.folder, self.kind, self.instance = folder, kind, instance
-        self.errors = 0
+        self.errors = 0  # entries that could not be kept
         self._stream: IO[bytes] | None = None
         self._bytes = 0
+        self._until = 0.0
         self._retry_at = 0.0
 
     def write(self, data: bytes) -> bool:
         """False where the bytes could not be kept."""
-        if self._stream is None and time.monotonic() < self._retry_at:
+        now = time.monotonic()
+        if self._stream is None and now < self._retry_at:
+            self.errors += 1
             return False
         try:
-            if self._stream is None or self._bytes > MAX_FILE_BYTES:
+            if self._stream is None or self._bytes > MAX_FILE_BYTES or now > self._until:
                 self._open()
+                self._until = now + MAX_FILE_SECONDS
             assert self._stream is not None
             self._stream.write(data)
             self._stream.flush()
         except OSError:
             self.errors += 1
-            self._retry_at = time.monotonic() + 60
+            self._retry_at = now + 60
             self.close()
             return False
         self._bytes += len(data)
@@ -66,17 +72,24 @@ class LogFile:
         path = self.folder / name
         self._stream = path.open("ab")
         self._bytes = path.stat().st_size
-        files = sorted(self.folder.glob(f"*_{self.kind}_*.log"))
+        with contextlib.suppress(OSError):  # that is no reason not to write
+            self._note_latest(name)
+            self._tidy(path)
+
+    def _tidy(self, current: Path) -> None:
+        """Remove old files, but none that another instance on the same volume may still be writing."""
+        files = sorted(self.folder.glob(f"????????_??????_{self.kind}_*.log"))
         for index, old in enumerate(files):
-            too_old = time.time() - old.stat().st_mtime > MAX_AGE_SECONDS
-            if old != path and (too_old or len(files) - index > KEEP_FILES):
+            idle = time.time() - old.stat().st_mtime
+            ours = old.name.endswith(f"_{self.kind}_{self.instance}.log")
+            surplus = len(files) - index > KEEP_FILES and (ours or idle > LIVE_SECONDS)
+            if old != current and (surplus or idle > MAX_AGE_SECONDS):
                 old.unlink(missing_ok=True)
-        self._note_latest(name)
 
     def _note_latest(self, name: str) -> None:
         latest = self.folder / "latest.txt"
-        lines = latest.read_text().splitlines() if latest.is_file() else []
-        others = [line for line in lines if f"_{self.kind}_" not in line]
+        lines = latest.read_text(errors="replace").splitlines() if latest.is_file() else []
+        others = [line for line in lines if not line[15:].startswith(f"_{self.kind}_")]
         latest.write_text("\n".join([*others, name]) + "\n")
 
 
@@ -94,7 +107,8 @@ class LogWriter(threading.Thread):
 
     @property
     def errors(self) -> int:
-        return self._gateway.errors + self._server.errors
+        """Entries that no file could take."""
+        return self._gateway.errors + self._server.errors + self.dropped
 
     def put(self, entry: logging.LogRecord | bytes) -> None:
         """A record goes to stderr and the gateway's file; bytes are a llama-server's own output."""
@@ -111,7 +125,13 @@ class LogWriter(threading.Thread):
             if isinstance(entry, bytes):
                 self._server.write(self.mask(entry.decode(errors="replace")).encode())
                 continue
-            line = self.mask(self.format(entry)) + "\n"
+            try:
+                line = self.mask(self.format(entry)) + "\n"
+            except Exception as error:  # one bad call must not end the log of all others
+                where = f"{entry.pathname}:{entry.lineno}"
+                line = (
+                    f"{_stamp(entry.created)} ERROR   {where}: this entry cannot be formatted: {type(error).__name__}\n"
+                )
             with contextlib.suppress(OSError, ValueError):
                 sys.stderr.write(line)
                 sys.stderr.flush()
@@ -131,15 +151,16 @@ class LogWriter(threading.Thread):
 
     def format(self, record: logging.LogRecord) -> str:
         message = record.getMessage()
-        if record.exc_info:
-            message += "\n" + logging.Formatter().formatException(record.exc_info)
+        trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
         about = {name: value for name in ("request_id", "key_id", "model") if (value := getattr(record, name, None))}
         if self._as_json:
             row: dict[str, Any] = {"time": _stamp(record.created), "level": record.levelname.lower()}
             row |= {"request_id": None, "key_id": None, "model": None} | about
+            message += f"\n{trace}" if trace else ""
             return json.dumps(row | {"logger": record.name, "message": message}, ensure_ascii=False)
         tail = "".join(f" {name}={value}" for name, value in about.items())
-        return f"{_stamp(record.created)} {record.levelname:<7} {_one_line(message)}{tail}"
+        line = _one_line(f"{_stamp(record.created)} {record.levelname:<7} {message}{tail}")
+        return "\n    ".join([line, *map(_one_line, trace.splitlines())])
 
 
 class _Handler(logging.Handler):
@@ -178,6 +199,8 @@ def _stamp(created: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(created)) + f".{int(created % 1 * 1000):03d}Z"
 
 
-def _one_line(message: str) -> str:
-    """A client's text must not forge a second log line; tracebacks keep their lines, indented."""
-    return message.replace("\r", "\\r").replace("\n", "\n    ")
+def _one_line(text: str) -> str:
+    """A client's text must not forge a second line, nor steer a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -122,21 +122,25 @@ class Metrics:
         }
 
 
-_SAMPLE = re.compile(r"^([A-Za-z_:][A-Za-z0-9_:]*)(\{[^}]*\})?( .+)$")
+_SAMPLE = re.compile(
+    r'([A-Za-z_:][A-Za-z0-9_:]*)(?:\{((?:[^"}]|"(?:[^"\\]|\\.)*")*)\})?( [-+]?(?:[0-9.]\S*|Inf|NaN)(?: -?[0-9]+)?)'
+)
+_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
 def merge(texts: Mapping[str, str]) -> str:
     """llama-servers' metrics (model id → text) as one text: a `model` label added, each family in one block."""
-    families: dict[str, dict[str, list[str]]] = {}
+    about: dict[str, dict[str, str]] = {}  # name → HELP and TYPE, of which a family may have one each
+    samples: dict[str, list[str]] = {}
     for model, text in texts.items():
-        for line in text.splitlines():
+        label = f'model="{model.translate(_ESCAPES)}"'
+        for line in text.split("\n"):
             if line.startswith(("# HELP ", "# TYPE ")):
-                family = families.setdefault(line.split(" ", 3)[2], {"about": [], "samples": []})
-                if line not in family["about"]:
-                    family["about"].append(line)
-            elif match := _SAMPLE.match(line):
+                _, what, name = line.split(" ", 3)[:3]
+                about.setdefault(name, {}).setdefault(what, line.rstrip("\r"))
+            elif match := _SAMPLE.fullmatch(line.rstrip("\r")):
                 name, labels, value = match.groups()
-                inside = f'{labels[1:-1]},model="{model}"' if labels and labels != "{}" else f'model="{model}"'
-                family = families.setdefault(name, {"about": [], "samples": []})
-                family["samples"].append(f"{name}{{{inside}}}{value}")
-    return "".join(f"{line}\n" for family in families.values() for line in family["about"] + family["samples"])
+                inside = ",".join(filter(None, ((labels or "").strip(" ,"), label)))
+                samples.setdefault(name, []).append(f"{name}{{{inside}}}{value}")
+    names = dict.fromkeys([*about, *samples])
+    return "".join(f"{line}\n" for name in names for line in [*about.get(name, {}).values(), *samples.get(name, ())])

@@ -100,7 +100,8 @@ async def open_runtime(settings: Settings, logs: LogWriter) -> AsyncIterator[Run
         await asyncio.sleep(0)  # the owners begin before anything slower is done here
         keys = KeyRing(settings.auth_keys_file if settings.auth_enabled else None, settings.api_key)
         await stack.enter_async_context(keys.watching())
-        queues = {spec.id: _queue(settings, metrics, spec) for spec in registry.specs.values()}
+        budget = ByteBudget(settings.max_queued_bytes)
+        queues = {spec.id: _queue(settings, metrics, spec, budget) for spec in registry.specs.values()}
         accounts = Accounts(metrics, loop.time)
         spine = Spine(settings, manager, queues, RequestLimits(loop.time), accounts)
         pinger = Pinger(settings.sse_ping_seconds)
@@ -179,13 +180,13 @@ def _owner_maker(
     return make
 
 
-def _queue(settings: Settings, metrics: Metrics, spec: ModelSpec) -> Queue:
+def _queue(settings: Settings, metrics: Metrics, spec: ModelSpec, budget: ByteBudget) -> Queue:
     """`_connect` sets the capacity anew when the model's slots are known."""
     capacity = settings.max_concurrent_requests or settings.parallel or MOST_SLOTS
     queue = Queue(
         capacity,
         settings.max_queue_size,
-        ByteBudget(settings.max_queued_bytes),
+        budget,
         lambda reason: metrics.queue_rejections.labels(reason).inc(),
     )
     metrics.queue_depth.labels(spec.id).set_function(lambda: queue.waiting)

@@ -283,7 +283,7 @@ def _read_dotenv(path: Path | None) -> dict[str, str]:
 
 
 def _lookup(var: Variable, layers: Sequence[Mapping[str, str]], warnings: list[str]) -> str | None:
-    """The value's text in the first layer that has it under its name or an older one; an empty value counts as unset."""
+    """The text in the first layer that has it, under its name or an older one. An empty value counts as unset."""
     for given in layers:
         for name in (var.name, *var.aliases, *var.deprecated):
             if text := given.get(name, "").strip():

@@ -1,9 +1,10 @@
-"""What the tests stand on: real gateways as processes, real llama-servers, generated models, the fake that misbehaves."""
+"""What the tests stand on: real gateways as processes, the real llama-server, the fake that misbehaves."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -13,10 +14,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 ROOT = Path(__file__).parents[1]
 FAKE_LLAMA = ROOT / "tests" / "fake_llama.py"
@@ -40,13 +41,20 @@ def alive(pid: int) -> bool:
         return False
 
 
+# Below the ports that the kernel hands out by itself, and at another place in each process: between our look at a port
+# and the server's bind, a parallel test would otherwise take it.
+_ports = itertools.count(10_000 + os.getpid() * 37 % 20_000)
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    for port in _ports:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
-def eventually(look: Callable[[], T], seconds: float = 10.0) -> T:
+def eventually(look: Callable[[], T | Literal[False]], seconds: float = 10.0) -> T:
     """The first true thing that `look` returns; a refused connection counts as not yet."""
     deadline = time.monotonic() + seconds
     while True:
@@ -57,7 +65,7 @@ def eventually(look: Callable[[], T], seconds: float = 10.0) -> T:
         time.sleep(0.01)
 
 
-async def soon(look: Callable[[], T], seconds: float = 5.0) -> T:
+async def soon(look: Callable[[], T | Literal[False]], seconds: float = 5.0) -> T:
     """`eventually` for a test that runs on the loop it watches."""
     deadline = time.monotonic() + seconds
     while not (found := look()):
@@ -156,12 +164,18 @@ class Gateway:
 
 @contextlib.contextmanager
 def running_gateway(
-    folder: Path, *, entrypoint: bool = False, ready: bool = True, **variables: str
+    folder: Path,
+    variables: Mapping[str, str] | None = None,
+    *,
+    entrypoint: bool = False,
+    ready: bool = True,
+    **more: str,
 ) -> Iterator[Gateway]:
     """A gateway with the variables given; keys ADMIN and USER unless AUTH_KEYS_FILE or API_KEY say otherwise.
 
     Its environment holds nothing else of ours. It is ended by its id, and if need be killed.
     """
+    variables = {**(variables or {}), **more}
     folder.mkdir(parents=True, exist_ok=True)
     keys = folder / "api_keys.txt"
     if not keys.exists():

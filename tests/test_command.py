@@ -86,7 +86,10 @@ FORBIDDEN = (
 def test_what_would_break_the_shield_is_refused_however_it_is_written(flag: str) -> None:
     spellings = {flag, f"{flag}=x", f'"{flag}"', f"-fa on {flag} x"}
     if flag.startswith("--"):
-        spellings |= {flag.replace("-", "_").replace("__", "--", 1), flag.replace("-", "_").replace("__", "--", 1) + "=x"}
+        spellings |= {
+            flag.replace("-", "_").replace("__", "--", 1),
+            flag.replace("-", "_").replace("__", "--", 1) + "=x",
+        }
     for text in spellings:
         problems = check_extra_args(text)
         assert len(problems) == 1 and problems[0].startswith("EXTRA_ARGS has -") and ": " in problems[0]
@@ -94,7 +97,16 @@ def test_what_would_break_the_shield_is_refused_however_it_is_written(flag: str)
 
 @pytest.mark.parametrize(
     "text",
-    ["", "-fa on", "--lora /a/b.gguf --temp 0.5", "-ub 512 -b 2048", "--pooling mean", "-ctk q8_0", "--no-mmap", "-lv 4"],
+    [
+        "",
+        "-fa on",
+        "--lora /a/b.gguf --temp 0.5",
+        "-ub 512 -b 2048",
+        "--pooling mean",
+        "-ctk q8_0",
+        "--no-mmap",
+        "-lv 4",
+    ],
 )
 def test_other_arguments_are_the_operators_own_matter(text: str) -> None:
     assert check_extra_args(text) == []

@@ -183,5 +183,5 @@ def test_among_several_a_name_must_be_an_id_or_an_alias() -> None:
         error = raised.value
         assert (error.status, error.code, error.param) == (404, "model_not_found", "model")
         assert "a, b, c" in error.message and "\n" not in error.message
-    with pytest.raises(ModelNotFound, match="names no model.*a, b, c"):
+    with pytest.raises(ModelNotFound, match=r"names no model.*a, b, c"):
         Registry(specs, single=False).resolve(None)

@@ -10,10 +10,11 @@ import sys
 
 import uvloop
 
+from gateway.cli.config import load_configuration
 from gateway.errors import ConfigError
 from gateway.logs import LogWriter, log_folder, logging_to
 from gateway.runtime import Runtime, open_runtime
-from gateway.settings import Settings, instance_name, load_settings, secrets_in_force
+from gateway.settings import Settings, instance_name, secrets_in_force
 from gateway.state import ServiceState
 
 log = logging.getLogger("corral.serve")
@@ -32,7 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run() -> int:
     try:
-        settings = load_settings()
+        settings = load_configuration()
     except ConfigError as error:
         return _refuse(error)
     folder = log_folder(settings.data_dir, settings.log_name, settings.worker_type)

@@ -141,9 +141,7 @@ class Accounts:
         if meter.first_at is None:
             return
         metrics.bytes_sent.inc(meter.bytes)
-        if not call.route.dialect.generates:
-            return
-        if streamed:
+        if streamed and call.route.dialect.generates:
             metrics.first_token.labels(model).observe(meter.first_at - call.received_at)
             if usage.completion > 1:
                 metrics.per_token.labels(model).observe((now - meter.first_at) / (usage.completion - 1))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import json
 import os
 import signal
@@ -14,22 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.house import ROOT, eventually
+from tests.house import ROOT, eventually, free_port
+
+__all__ = ["COMMAND", "ROOT", "eventually", "free_port"]
 
 COMMAND = (sys.executable, "-I", "-S", str(ROOT / "health" / "__main__.py"))
-
-
-# Below the ports that the kernel hands out by itself, and at another place in each process: between our look at a port
-# and the server's bind, a parallel test would otherwise take it.
-_ports = itertools.count(10_000 + os.getpid() * 37 % 20_000)
-
-
-def free_port() -> int:
-    for port in _ports:
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("no port is free")
 
 
 class Reply:

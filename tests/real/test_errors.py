@@ -117,6 +117,11 @@ def test_bad_bodies(gateway: Gateway, case: str) -> None:
     assert gateway.model()["state"] == "ready"
 
 
+@pytest.mark.xfail(strict=True, reason="llama-server's 500 for it is not translated in backend.translate_error")
+def test_tokens_that_the_model_does_not_have(gateway: Gateway) -> None:
+    check(gateway.request("POST", "/detokenize", {"tokens": [99999]}), 400, "invalid_request")
+
+
 def test_what_llama_server_says_is_kept(gateway: Gateway) -> None:
     reply = gateway.request("POST", CHAT, chat(temperature="hot"))
     assert "temperature" in check(reply, 400, "invalid_request")
@@ -308,7 +313,7 @@ def test_just_small_enough(gateway: Gateway) -> None:
         ({"key": None}, 401, "authentication_error"),
         ({"body": {"max_tokens": 4}}, 400, "invalid_request_error"),
         ({"body": b"{nonsense"}, 400, "invalid_request_error"),
-        ({"body": chat(messages=[{"role": "user", "content": "x" * 5000}])}, 400, "invalid_request_error"),
+        ({"body": chat(messages=[{"content": "no role"}])}, 400, "invalid_request_error"),
         ({"method": "GET", "body": None}, 405, "invalid_request_error"),
         ({"headers": {"Content-Type": "text/plain"}}, 415, "invalid_request_error"),
         ({"headers": {"Content-Length": "11000000"}}, 413, "request_too_large"),
@@ -318,8 +323,6 @@ def test_just_small_enough(gateway: Gateway) -> None:
 def test_anthropic_clients_get_their_own_shape(
     gateway: Gateway, path: str, how: dict[str, Any], status: int, kind: str
 ) -> None:
-    if path.endswith("count_tokens") and "x" * 5000 in str(how):
-        pytest.skip("counting is not bound by the context")
     asked = {"method": "POST", "body": chat()} | how
     with wire(gateway) as client:
         client.send(request(asked.pop("method"), path, **asked))

@@ -34,8 +34,8 @@ def everything_shown(gateway: Gateway) -> dict[str, str]:
             shown[str(path)] = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
-    for path in ("/health", "/metrics", "/status", "/v1/models", "/v1/models/status", "/upstream/tiny/props"):
-        shown[path] = gateway.get(path, key=ADMIN).body.decode()
+    for route in ("/health", "/metrics", "/status", "/v1/models", "/v1/models/status", "/upstream/tiny/props"):
+        shown[route] = gateway.get(route, key=ADMIN).body.decode()
     shown["refused"] = str(gateway.get("/v1/models", key=WRONG_KEY))
     shown["refused post"] = str(gateway.chat(key=WRONG_KEY))
     shown["bad body"] = str(gateway.request("POST", "/v1/chat/completions", f"{{{USER}".encode()))

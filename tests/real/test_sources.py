@@ -25,7 +25,19 @@ FOREIGN_KEY = "foreign-key-0123456789"
 def foreign_server(model: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
     """A llama-server that is not the gateway's child."""
     environment = {"PATH": os.environ["PATH"], "LLAMA_API_KEY": FOREIGN_KEY}
-    command = [llama_server(), "-m", model, "--host", "127.0.0.1", "--port", str(port), "-c", "4096", "-np", "3"]
+    command = [
+        str(llama_server()),
+        "-m",
+        str(model),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "-c",
+        "4096",
+        "-np",
+        "3",
+    ]
     process = subprocess.Popen(
         [*command, "-t", "1"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
     )
@@ -51,7 +63,7 @@ class TestLlamaUrl:
     ) -> None:
         with (
             foreign_server(chat_model, self.port(variables)) as foreign,
-            running_gateway(tmp_path / "run", **variables) as gateway,
+            running_gateway(tmp_path / "run", variables) as gateway,
         ):
             assert gateway.chat().status == 200
             assert [row["id"] for row in gateway.get("/v1/models").json()["data"]] == ["default"]
@@ -68,7 +80,7 @@ class TestLlamaUrl:
         self, tmp_path: Path, chat_model: Path, variables: dict[str, str]
     ) -> None:
         port = self.port(variables)
-        with running_gateway(tmp_path / "run", ready=False, MODEL_NAME="mine", **variables) as gateway:
+        with running_gateway(tmp_path / "run", variables, ready=False, MODEL_NAME="mine") as gateway:
             eventually(lambda: gateway.get("/readyz", key=None).body == b"loading")
             waited = gateway.chat(headers={"X-Request-Timeout": "0.5"})
             assert (waited.status, waited.json()["error"]["code"]) == (503, "model_loading")
@@ -96,10 +108,10 @@ class TestModelUrl:
         checksum = hashlib.sha256(chat_model.read_bytes()).hexdigest()
         with self.site(chat_model.parent) as url:
             variables = {"MODEL_URL": f"{url}/{chat_model.name}", "MODEL_SHA256": checksum}
-            with running_gateway(tmp_path, **variables) as gateway:
+            with running_gateway(tmp_path, variables) as gateway:
                 assert gateway.chat().json()["model"] == "tiny"
                 assert (gateway.data_dir / "models" / chat_model.name).read_bytes() == chat_model.read_bytes()
-        with running_gateway(tmp_path, **variables) as gateway:  # the site is gone
+        with running_gateway(tmp_path, variables) as gateway:  # the site is gone
             assert gateway.chat().status == 200
 
     def test_a_wrong_checksum_fails_with_the_reason(self, tmp_path: Path, chat_model: Path) -> None:
