@@ -42,8 +42,8 @@ BASE = (
 )
 
 
-def argv(spec: ModelSpec = SPEC, **changes: object) -> str:
-    return " ".join(build_argv(spec, MODEL, replace(LAUNCH, **changes)))  # type: ignore[arg-type]
+def argv(**changes: object) -> str:
+    return " ".join(build_argv(SPEC, MODEL, replace(LAUNCH, **changes)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_the_names_are_those_of_the_real_llama_server(tmp_path: Path) -> None:
     flags = {word for word in BASE.split() if word.startswith("-")} | set(OPTIONAL) | {"-t", "--mmproj"}
     assert flags <= known
     assert set(FORBIDDEN) - known <= {"--webui-mcp-proxy"}  # not every build has all of them
-    command = [llama_server(), "--api_key", "x", "-m", tmp_path / "none.gguf"]
+    command = [str(llama_server()), "--api_key", "x", "-m", str(tmp_path / "none.gguf")]
     assert b"invalid argument" not in subprocess.run(command, capture_output=True, check=False).stderr
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
-from gateway import logs
 from gateway.logs import LogWriter, logging_to
 from tests.house import eventually
 
@@ -75,7 +75,7 @@ def test_stderr_that_is_gone_leaves_the_file(tmp_path: Path, monkeypatch: pytest
             raise BrokenPipeError
 
     with logging_to(tmp_path, "pod", level="info", as_json=False, secrets=[]) as writer:
-        monkeypatch.setattr(logs.sys, "stderr", Gone())
+        monkeypatch.setattr(sys, "stderr", Gone())
         log.info("kept")
         eventually(lambda: list(tmp_path.glob("*_gateway_pod.log")))
         monkeypatch.undo()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given
@@ -42,7 +42,7 @@ CONTRACT = {
 BY_KEY = {"key_requests_total": {"key"}, "key_tokens_total": {"key", "direction"}}
 
 
-def parsed(text: str) -> Iterator[Metric]:
+def parsed(text: str) -> Iterable[Metric]:
     """By Prometheus' own parser."""
     return text_string_to_metric_families(text)
 

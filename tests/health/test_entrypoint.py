@@ -160,7 +160,7 @@ def test_a_state_file_that_was_named_is_used_and_kept(stage: Stage, tmp_path: Pa
 
 
 def test_a_state_file_that_cannot_be_written_stops_nothing(stage: Stage) -> None:
-    boot = stage.boot(STATE_FILE="/proc/nope/state.json", LIFE="0.6")
+    boot = stage.boot(STATE_FILE="/proc/nope/state.json", LIFE="3")
     assert eventually(lambda: ask(stage.port)).status == 204
     code, _, err = boot.finish()
     assert code == 1 and "STATE_FILE" in err  # the 1 is the stand-in's, which insists on reading it
