@@ -21,8 +21,8 @@ LINGER_SECONDS = 10.0  # a client that does not read its last bytes is cut then
 Headers = list[tuple[str, str]]
 
 
-# An error event, in any dialect; cheap enough for each chunk, and made sure of by dialects.error_in.
-_ERROR = re.compile(rb'"error":\s?\{|event:\s?error')
+# Where an error event begins, in any dialect; see dialects.error_in.
+_ERROR = re.compile(rb'^(?:data: ?\{"error"|event: ?error)', re.MULTILINE)
 
 
 class _Wire(Enum):
@@ -79,6 +79,8 @@ class Splice:
         self._chunked = chunked  # the client speaks HTTP/1.1
         self._wire = _Wire.PLAIN
         self._progress: ProgressFilter | None = None
+        self._counted = False  # the client was told a length: nothing may be put between
+        self._behind = False  # the client reads slowly; it may have been so before llama-server's answer began
         self._pending = b""  # the head, until it can go out with the first bytes
         self._reply: Reply | None = None
 
@@ -88,17 +90,19 @@ class Splice:
         self._reply = reply
         self._progress = ProgressFilter() if skip_progress else None
         framing = reply.framing
-        if not self._chunked or (framing in (Framing.LENGTH, Framing.NONE) and not self.begun):
+        counted = framing in (Framing.LENGTH, Framing.NONE) and not skip_progress
+        if not self._chunked or (counted and not self.begun):
             self._wire = _Wire.PLAIN
         else:
             self._wire = _Wire.AS_IT_COMES if framing is Framing.CHUNKED else _Wire.FRAMED_ANEW
         if self.begun:
             return  # pings have gone out: the client has its head
         headers = [("Content-Type", reply.headers.get("content-type", "application/json"))]
-        if framing is Framing.LENGTH:
-            headers.append(("Content-Length", reply.headers["content-length"]))
-        elif framing is not Framing.NONE:
+        self._counted = counted
+        if not counted:
             headers += self._open_ended()
+        elif framing is Framing.LENGTH:
+            headers.append(("Content-Length", reply.headers["content-length"]))
         if self.stream:
             headers += _STREAM_HEADERS
         self._pending = self._head(reply.status, headers)
@@ -112,10 +116,11 @@ class Splice:
             raw = frame(payload) if payload else b""
             if self._progress.over:
                 self._progress = None
+        if self.stream and b"error" in payload and (error := _ERROR.search(payload)):
+            self.failure = _told(error_in(payload[error.start() :]) or {})
+            payload = payload[: error.start()]  # what came before it is the client's
+            raw = frame(payload) if payload else b""
         if payload:
-            if self.stream and _ERROR.search(payload) and (told := error_in(payload)) is not None:
-                self.failure = _told(told)
-                return
             self.meter.see(payload)
         if self._wire is _Wire.AS_IT_COMES:
             out = raw
@@ -123,14 +128,20 @@ class Splice:
             out = payload
         else:
             out = frame(payload)
-        if last:
-            if self.stream and not self._dialect.ended_well(self.meter.tail):
-                self.failure = BackendError("llama-server ended its answer before it was complete")
-            else:
-                self.finished = True
-                if self._wire is not _Wire.PLAIN:
-                    out += LAST_CHUNK
-        self._write(out)
+        if last and self.failure is None:
+            out += self._end()
+        if out or self.finished:  # a head alone commits to nothing: until then an error has a status of its own
+            self._write(out)
+        if self._behind and self._reply is not None:
+            self._reply.pause()
+
+    def _end(self) -> bytes:
+        """What closes the body on the client's wire."""
+        if self.stream and not self._dialect.ended_well(self.meter.tail):
+            self.failure = BackendError("llama-server ended its answer before it was complete")
+            return b""
+        self.finished = True
+        return b"" if self._wire is _Wire.PLAIN else LAST_CHUNK
 
     def whole(self, status: int, content_type: str, body: bytes) -> None:
         self.finished = True
@@ -140,20 +151,20 @@ class Splice:
 
     def ping(self) -> None:
         """A comment on a silent stream, so that nobody on the way takes it for dead. The first one commits a 200."""
-        if self.finished or self._transport.is_closing():
+        if self.finished or self._counted or self._transport.is_closing():
             return
         if not self.begun and not self._pending:
             headers = [("Content-Type", "text/event-stream"), *self._open_ended(), *_STREAM_HEADERS]
             self._pending = self._head(200, headers)
-        if not self.meter.tail or self.meter.tail.endswith(b"\n\n"):  # never inside an event
+        if self._between_events:
             self._write(frame(PING) if self._chunked else PING)
 
     def fail(self, error: CorralError) -> None:
         """The answer has begun and cannot go on: one error frame, then the connection is cut, never ended cleanly."""
-        if self.stream and not self._transport.is_closing():
-            text = b"\n\n" + self._dialect.error_frame(error.body())
-            if not self.meter.tail or self.meter.tail.endswith(b"\n\n"):
-                text = text[2:]
+        if self.stream and not self._counted and not self._transport.is_closing():
+            text = self._dialect.error_frame(error.body())
+            if not self._between_events:
+                text = b"\n\n" + text
             self._write(frame(text) if self._chunked else text)
         self.cut()
 
@@ -167,12 +178,18 @@ class Splice:
 
     def pause_writing(self) -> None:
         """The client reads slowly: stop reading from llama-server until it has caught up."""
+        self._behind = True
         if self._reply is not None:
             self._reply.pause()
 
     def resume_writing(self) -> None:
+        self._behind = False
         if self._reply is not None:
             self._reply.resume()
+
+    @property
+    def _between_events(self) -> bool:
+        return not self.meter.tail or self.meter.tail.endswith((b"\n\n", b"\r\n\r\n"))
 
     def _open_ended(self) -> Headers:
         return [("Transfer-Encoding", "chunked")] if self._chunked else []

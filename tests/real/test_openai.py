@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from openai.types.chat import ChatCompletionMessageParam
 
-from tests.house import ADMIN, USER, Gateway, running_gateway
+from tests.house import ADMIN, FAKE_LLAMA, USER, Gateway, running_gateway
 from tests.real.scrape import Growth
 
 pytestmark = pytest.mark.real
@@ -326,9 +328,55 @@ def test_the_sdk_waits_as_long_as_it_is_told(gateway: Gateway, monkeypatch: pyte
             client.chat.completions.create(model="tiny", messages=HI, max_tokens=1)
     assert len(slept) == 2
     assert all(50 < seconds <= 60 for seconds in slept), slept
-    assert slept[1] < slept[0]
+    assert slept[1] <= slept[0]
     assert growth.of("gateway_requests_total", status="429") == 3
     assert growth.of("gateway_rate_limited_total", reason="rate_limit_exceeded") == 3
+
+
+# --- streams that pause and break: a stand-in for llama-server plays them
+
+
+@pytest.fixture(scope="module")
+def moody(tmp_path_factory: pytest.TempPathFactory, chat_model: Path) -> Iterator[Gateway]:
+    folder = tmp_path_factory.mktemp("moody")
+    fake = str(FAKE_LLAMA)
+    with running_gateway(
+        folder, MODEL_PATH=str(chat_model), LLAMA_SERVER_PATH=fake, SSE_PING_SECONDS="1", PARALLEL="8"
+    ) as running:
+        yield running
+
+
+def told(gateway: Gateway, commands: str) -> list[str]:
+    """The pieces of a streamed answer that the SDK hands on, until it ends or raises."""
+    prompt: list[ChatCompletionMessageParam] = [{"role": "user", "content": "{{fake: " + commands + "}}"}]
+    pieces: list[str] = []
+    with connected(gateway) as client:
+        stream = client.chat.completions.create(model="tiny", messages=prompt, max_tokens=8, stream=True)
+        with stream, contextlib.suppress(openai.APIError):
+            for chunk in stream:
+                pieces += [choice.delta.content for choice in chunk.choices if choice.delta.content]
+            return [*pieces, "the end"]
+    return [*pieces, "an error"]
+
+
+def test_the_sdk_does_not_mind_pings(moody: Gateway) -> None:
+    commands = "prefill=1.5 tokens=3"
+    with ThreadPoolExecutor(2) as pool:
+        raw = pool.submit(lambda: moody.chat("{{fake: " + commands + "}}", stream=True))
+        *pieces, last = pool.submit(lambda: told(moody, commands)).result()
+        assert raw.result().body.startswith(b": ping\n\n")
+    assert (len(pieces), last) == (3, "the end")
+
+
+@pytest.mark.parametrize("end", ["error", "cut", "die", "end"])
+def test_a_stream_that_breaks_raises_in_the_sdk(moody: Gateway, end: str) -> None:
+    *pieces, last = told(moody, f"{end}=3 tokens=6 interval=0.05")
+    assert last == "an error"
+    assert 0 < len(pieces) <= 3
+
+
+def test_an_error_behind_a_ping_raises_in_the_sdk(moody: Gateway) -> None:
+    assert told(moody, "prefill=1.5 error=0") == ["an error"]
 
 
 # --- embeddings
