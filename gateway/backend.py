@@ -1,6 +1,6 @@
-"""The client of a llama-server: keep-alive pool, response head, framing, time-outs, error translation.
+"""The client of a llama-server: keep-alive pool, response head, framing, time-outs.
 
-The only place that opens sockets to llama-server and that knows its errors. A body is not parsed: whole chunks are
+The only place that opens sockets to llama-server. A body is not parsed: whole chunks are
 handed to a `Sink` as they come, as raw bytes (chunk framing included) and as payload.
 """
 
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import re
 import urllib.parse
 from collections.abc import Iterable
 from enum import Enum, auto
@@ -18,12 +16,8 @@ from typing import Protocol, cast
 from gateway.errors import (
     BackendError,
     BackendGone,
-    BackendReply,
     BackendTimeout,
-    ContextLengthExceeded,
     CorralError,
-    ModelLoading,
-    NotSupported,
 )
 from gateway.framing import ChunkReader, Framing, body_framing, parse_head
 
@@ -430,32 +424,3 @@ class Backend:
             connection.abort()
             raise BackendGone("the connections to llama-server are closed")
         return connection, False
-
-
-# Seen on build 11669: bad input that llama-server reports as its own failure.
-_BAD_INPUT = re.compile(
-    r"image|audio|mmproj|multimodal|role|content|message|template|json\.exception|tool|schema|grammar|parse|invalid"
-    r"|unsupported|must be|expected|missing",
-    re.IGNORECASE,
-)
-
-
-def translate_error(status: int, body: bytes) -> CorralError:
-    """llama-server's error reply as ours: strings for codes, its message kept (CONTRACT 6)."""
-    try:
-        error = json.loads(body)["error"]
-        message, kind = str(error["message"]), str(error.get("type", ""))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return BackendError(f"llama-server answered {status} with a body that is not its error format")
-    if kind == "exceed_context_size_error":
-        return ContextLengthExceeded(message)
-    if status in (401, 403):
-        return BackendError("llama-server refused the gateway's own key")
-    if status in (404, 501):
-        return NotSupported(f"this model or this llama-server cannot do that: {message}")
-    if status == 503:
-        return ModelLoading(message, retry_after=2)
-    if status < 500 or (status == 500 and _BAD_INPUT.search(message)):
-        client = status if 400 <= status < 500 else 400
-        return BackendReply(message, status=client, type="invalid_request_error", code="invalid_request")
-    return BackendError(f"llama-server failed: {message}")

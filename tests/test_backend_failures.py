@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from gateway.backend import translate_error
 from gateway.errors import BackendError, BackendGone, BackendTimeout
+from gateway.refusals import translate_error
 from tests.backend_kit import Turn, ask, chunked, connected, deaf_port, http, talking
 from tests.fake_llama import FakeLlama
 from tests.house import free_port, soon

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from gateway.backend import translate_error
 from gateway.errors import NotFound
 from gateway.http.context import RUNTIME
+from gateway.refusals import translate_error
 
 UPSTREAM_SECONDS = 10.0
 _UPSTREAM = ("slots", "props", "lora-adapters", "metrics")

@@ -11,7 +11,7 @@ import msgspec
 
 from gateway.admission.limits import RequestLimits
 from gateway.admission.queue import Queue, Ticket
-from gateway.backend import Reply, translate_error
+from gateway.backend import Reply
 from gateway.errors import BackendGone, CorralError, ModelNotAllowed, Unavailable
 from gateway.models.manager import Manager
 from gateway.models.owner import Lease
@@ -22,6 +22,7 @@ from gateway.pipeline.progress import PROGRESS_FIELD, TELL_PROGRESS, ask_progres
 from gateway.pipeline.shield import guarded
 from gateway.pipeline.splice import Answer
 from gateway.pipeline.whole import WholeAnswer
+from gateway.refusals import translate_error
 from gateway.settings import Settings
 from gateway.stores.keyfile import Key
 

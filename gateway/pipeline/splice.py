@@ -117,7 +117,7 @@ class Splice:
             if self._progress.over:
                 self._progress = None
         if self.stream and b"error" in payload and (error := _ERROR.search(payload)):
-            self.failure = _told(error_in(payload[error.start() :]) or {})
+            self.failure = translate_event(error_in(payload[error.start() :]) or {})
             payload = payload[: error.start()]  # what came before it is the client's
             raw = frame(payload) if payload else b""
         if payload:
@@ -204,11 +204,6 @@ class Splice:
 
 
 _STREAM_HEADERS: Headers = [("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no")]
-
-
-def _told(error: dict[str, object]) -> CorralError:
-    """llama-server's error inside a stream."""
-    return BackendError(f"llama-server failed: {error.get('message', 'it did not say why')}")
 
 
 class Pinger:

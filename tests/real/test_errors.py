@@ -117,7 +117,6 @@ def test_bad_bodies(gateway: Gateway, case: str) -> None:
     assert gateway.model()["state"] == "ready"
 
 
-@pytest.mark.xfail(strict=True, reason="llama-server's 500 for it is not translated in backend.translate_error")
 def test_tokens_that_the_model_does_not_have(gateway: Gateway) -> None:
     check(gateway.request("POST", "/detokenize", {"tokens": [99999]}), 400, "invalid_request")
 

@@ -428,7 +428,6 @@ def test_a_text_may_be_as_long_as_the_context(embedder: Gateway) -> None:
             client.embeddings.create(model="embed", input=[])
 
 
-@pytest.mark.xfail(strict=True, reason="llama-server's 500 for it is not translated in backend.translate_error")
 def test_a_longer_text_is_refused(embedder: Gateway) -> None:
     with connected(embedder) as client, pytest.raises(openai.BadRequestError) as caught:
         client.embeddings.create(model="embed", input="x" * 6000)

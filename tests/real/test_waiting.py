@@ -57,6 +57,10 @@ def queue(gateway: Gateway) -> tuple[int, int]:
     return summary["total_processing"], summary["total_queued"]
 
 
+def until_waiting(gateway: Gateway, count: int) -> None:
+    eventually(lambda: queue(gateway) == (1, count))
+
+
 def refusal(response: Response) -> tuple[int, str]:
     assert int(response.headers["retry-after"]) in range(1, 61)
     return response.status, response.json()["error"]["code"]
@@ -66,7 +70,7 @@ def test_a_full_queue_refuses_at_once(one_slot: Gateway) -> None:
     with taken(one_slot), contextlib.ExitStack() as waiting:
         for number in range(3):
             waiting.enter_context(connection(one_slot, max_tokens=1))
-            eventually(lambda number=number: queue(one_slot) == (1, number + 1))
+            until_waiting(one_slot, number + 1)
         begun = time.monotonic()
         assert refusal(one_slot.chat()) == (503, "queue_full")
         assert time.monotonic() - begun < 1
@@ -98,7 +102,7 @@ def test_first_come_first_served(one_slot: Gateway) -> None:
     with taken(one_slot):
         for number, thread in enumerate(threads):
             thread.start()
-            eventually(lambda number=number: queue(one_slot) == (1, number + 1))
+            until_waiting(one_slot, number + 1)
     for thread in threads:
         thread.join()
     assert served == [0, 1, 2]

@@ -1,0 +1,49 @@
+"""llama-server's own errors as ours: the only place that knows them (CONTRACT 6, the errors table)."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from gateway.errors import (
+    BackendError,
+    BackendReply,
+    ContextLengthExceeded,
+    CorralError,
+    ModelLoading,
+    NotSupported,
+)
+
+# Seen on build 11669: bad input that llama-server reports as its own failure, status 500.
+_BAD_INPUT = re.compile(
+    r"image|audio|mmproj|multimodal|role|content|message|template|json\.exception|tool|schema|grammar|parse|invalid"
+    r"|unsupported|must be|expected|missing|range_check",
+    re.IGNORECASE,
+)
+_TOO_LARGE = re.compile(r"too large to process")  # an embedding's input, status 500 as well
+
+
+def translate_error(status: int, body: bytes) -> CorralError:
+    """The error of a whole reply; its message is kept, and codes are strings, as OpenAI's clients expect."""
+    try:
+        error = json.loads(body)["error"]
+        message, kind = str(error["message"]), str(error.get("type", ""))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return BackendError(f"llama-server answered {status} with a body that is not its error format")
+    if kind == "exceed_context_size_error" or _TOO_LARGE.search(message):
+        return ContextLengthExceeded(message)
+    if status in (401, 403):
+        return BackendError("llama-server refused the gateway's own key")
+    if status in (404, 501):
+        return NotSupported(f"this model or this llama-server cannot do that: {message}")
+    if status == 503:
+        return ModelLoading(message, retry_after=2)
+    if status < 500 or (status == 500 and _BAD_INPUT.search(message)):
+        client = status if 400 <= status < 500 else 400
+        return BackendReply(message, status=client, type="invalid_request_error", code="invalid_request")
+    return BackendError(f"llama-server failed: {message}")
+
+
+def translate_event(error: dict[str, object]) -> CorralError:
+    """The error that llama-server put into a stream."""
+    return BackendError(f"llama-server failed: {error.get('message', 'it did not say why')}")
