@@ -14,6 +14,7 @@ from gateway.framing import LAST_CHUNK, Framing, frame
 from gateway.pipeline.account import Meter
 from gateway.pipeline.dialects import Dialect, error_in
 from gateway.pipeline.progress import ProgressFilter
+from gateway.refusals import translate_event
 
 PING = b": ping\n\n"
 LINGER_SECONDS = 10.0  # a client that does not read its last bytes is cut then
