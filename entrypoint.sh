@@ -3,7 +3,6 @@
 # The working directory stays as it is: .env is read from there, here and by the gateway.
 set -euo pipefail
 trap 'exit 0' TERM INT # as PID 1 we would not even notice them; the gateway, exec'ed, brings handlers of its own
-
 here=$(readlink -f -- "${BASH_SOURCE[0]}")
 here=${here%/*}
 if [[ -x $here/.venv/bin/python ]]; then python=$here/.venv/bin/python; else python=python3; fi
@@ -90,7 +89,8 @@ show_environment() { # masked in doubt: by the name, as userinfo of a URL, or wh
 if [[ -f .env && -r .env ]]; then read_dotenv; fi
 detect_data_dir
 export DATA_DIR=${value[DATA_DIR]} PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
-if (($#)); then exec "$python" -P -m gateway "$@"; fi
+if [[ ${1-} == corral ]]; then shift && set -- "${@:---help}"; fi # `docker run IMAGE corral keys …` does what one means
+if [[ ${0##*/} == corral || ${1-healthcheck} != healthcheck ]]; then exec "$python" -P -m gateway "$@"; fi
 
 setting WORKER_MODE http
 case ${value[WORKER_MODE],,} in
@@ -103,6 +103,7 @@ setting LOG_FORMAT text
 setting PORT "${value[GATEWAY_PORT]:-8000}" # the deprecated name; the gateway warns of it
 setting PORT_HEALTH 8001
 if [[ -n ${value[RUNPOD_POD_ID]}${value[RUNPOD_ENDPOINT_ID]} ]]; then setting PORT_HEALTH "${value[PORT]}"; fi
+if (($#)); then . "$here/health/check.sh"; fi
 if [[ ${value[PORT_HEALTH]} != "${value[PORT]}" ]]; then start_health_server; fi
 
 open_boot_log

@@ -1,7 +1,7 @@
-#!/usr/bin/env python3
 """Rewrites what README.md and .env.example tell of the variables, which are declared in gateway/settings.py.
 
 In README.md that is everything between the two `variables` markers; .env.example is written as a whole.
+Run it as: .venv/bin/python -m scripts.docs
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if something is out of date")
     check = parser.parse_args().check
-    stale = [path for path, text in wanted().items() if not path.exists() or path.read_text() != text]
-    for path in stale:
-        print(f"{'out of date' if check else 'written'}: {path.relative_to(ROOT)}")
+    stale = {path: text for path, text in wanted().items() if not path.exists() or path.read_text() != text}
+    for path, text in stale.items():
         if not check:
-            path.write_text(wanted()[path])
+            path.write_text(text)
+        print(f"{'out of date' if check else 'written'}: {path.relative_to(ROOT)}")
     return 1 if stale and check else 0
 
 
@@ -78,7 +78,7 @@ def sections() -> Iterator[tuple[str, list[Variable]]]:
 def planned() -> frozenset[str]:
     """Variables that nothing reads yet: neither as `settings.name` in the gateway nor by name before it starts."""
     gateway = [path for path in (ROOT / "gateway").rglob("*.py") if path.name != "settings.py"]
-    read = {name for path in gateway for name in re.findall(r"\bsettings\.([a-z0-9_]+)", path.read_text())}
+    read = {name for path in gateway for name in re.findall(r"settings\.([a-z0-9_]+)", path.read_text())}
     before = "".join(path.read_text() for path in [ROOT / "entrypoint.sh", *(ROOT / "health").glob("*.py")])
     unread = {v.name for v in variables() if v.name.lower() not in read and not re.search(rf"\b{v.name}\b", before)}
     if not (ROOT / "gateway" / "cli" / "worker.py").exists():

@@ -3,48 +3,77 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from gateway import __version__
 from gateway.errors import ConfigError
 
-_EPILOG = """examples:
+_EPILOG = """\
+examples:
   corral serve                           serve what the environment names
   corral keys generate --name ada        make an API key
-  corral config check                    print every problem of the configuration"""
+  corral config check                    print every problem of the configuration
+
+Variables and more: README.md. `corral COMMAND --help` has further examples."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, with the mend; the parsers of subcommands become of this class too.
+
+    What it parsed knows by `parser` whose the last word was.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.set_defaults(parser=self)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}; see: {self.prog} --help\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 ok, 1 failed, 2 usage."""
+    """Exit codes: 0 ok, 1 failed, 2 usage, 130 interrupted."""
     given = sys.argv[1:] if argv is None else list(argv)
     if given == ["serve"]:  # the container's start: nothing else needs to be imported before llama-server runs
         from gateway.cli import serve
 
         return serve.run()
+    if not given:
+        make_parser().print_help(sys.stderr)
+        return 2
     try:
-        args = _parser().parse_args(given)
+        args, unknown = make_parser().parse_known_args(given)
+        if unknown:
+            args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         code: int = args.run(args)
+        sys.stdout.flush()
     except ConfigError as error:
         for problem in error.problems:
             print(f"corral: {problem}", file=sys.stderr)
         return 1
     except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
         return 1
+    except KeyboardInterrupt:
+        return 130
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    from gateway.cli import config, keys, serve
+def make_parser() -> argparse.ArgumentParser:
+    from gateway.cli import config, keys, keys_options, serve
 
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = Parser(
         prog="corral",
         description="A trustworthy front for llama.cpp's llama-server.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"corral {__version__}")
+    keys_options.add_shared_options(parser.add_argument_group("for corral keys, anywhere on the line"))
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     serve.add_parser(commands)
     keys.add_parser(commands, _keys_file)

@@ -35,7 +35,12 @@ def load_configuration(file: Path | None = None) -> Settings:
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser("config", help="check the configuration")
+    parser = subparsers.add_parser(
+        "config",
+        help="check the configuration",
+        epilog="example:\n  corral config check",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     check = commands.add_parser(
         "check",

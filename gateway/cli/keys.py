@@ -54,6 +54,8 @@ def run(args: argparse.Namespace, now: Callable[[], float] = time.time) -> int:
         return _COMMANDS[args.keys_command](args, path, now())
     except _Failed as failed:
         message, code = str(failed), failed.code
+    except BrokenPipeError:
+        raise  # that is stdout, not the file
     except OSError as error:
         message, code = f"{path}: {error.strerror or error}; {_mend(error)}", 1
     print(f"corral keys: {message}", file=sys.stderr)

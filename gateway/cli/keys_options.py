@@ -22,7 +22,7 @@ examples:
 """
 
 
-def add_shared_options(parser: argparse.ArgumentParser) -> None:
+def add_shared_options(parser: argparse._ActionsContainer) -> None:
     """Options that may stand anywhere on the line: on every level, and silent where not given, or an inner level's
     default would overwrite what the outer one has read."""
     parser.add_argument("--file", type=Path, default=argparse.SUPPRESS, metavar="PATH", help="the keys file")

@@ -39,10 +39,10 @@ class Lease:
         self.generation = self._owner.generation
         return backend
 
-    async def restarted(self, deadline: float) -> Backend:
-        """The server after the one of this lease has died, or the same one if only a connection broke."""
+    async def died(self) -> bool:
+        """After a connection broke: whether the server of this lease is gone, or only that connection."""
         await self._owner.notice_death(self.generation)
-        return await self.backend(deadline)
+        return self._owner.backend is None or self._owner.generation != self.generation
 
 
 class Owner(ABC):

@@ -78,13 +78,13 @@ class Accounts:
 
     def __init__(self, metrics: Metrics, clock: Callable[[], float]) -> None:
         self._metrics = metrics
-        self._clock = clock
+        self.clock = clock
         self.active = 0
         self.idle = asyncio.Event()  # set while nothing runs
         self.idle.set()
 
     def meter(self) -> Meter:
-        return Meter(self._clock)
+        return Meter(self.clock)
 
     def open(self, call: Call) -> Record:
         self._metrics.active.inc()
@@ -111,7 +111,7 @@ class Accounts:
         self.active -= 1
         if not self.active:
             self.idle.set()
-        now = self._clock()
+        now = self.clock()
         record.duration_ms = (now - call.received_at) * 1000
         if meter.first_at is not None:
             record.ttft_ms = (meter.first_at - call.received_at) * 1000

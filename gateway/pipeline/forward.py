@@ -17,9 +17,10 @@ from gateway.models.manager import Manager
 from gateway.models.owner import Lease
 from gateway.models.registry import ModelSpec
 from gateway.pipeline.account import CLIENT_LEFT, Accounts, Record, note_failure
-from gateway.pipeline.call import Call, decoded
+from gateway.pipeline.call import Call, Fields, decoded
 from gateway.pipeline.progress import PROGRESS_FIELD, TELL_PROGRESS, ask_progress
-from gateway.pipeline.shield import guarded
+from gateway.pipeline.quarantine import Quarantine, guilty
+from gateway.pipeline.shield import bound_answer, shielded
 from gateway.pipeline.splice import Answer
 from gateway.pipeline.whole import WholeAnswer
 from gateway.refusals import translate_error
@@ -46,6 +47,7 @@ class Spine:
         self._queues = queues
         self._limits = limits
         self._accounts = accounts
+        self._quarantine = Quarantine(accounts.clock)
         self._running: set[asyncio.Task[object]] = set()
 
     async def forward(self, call: Call, answer: Answer) -> None:
@@ -53,11 +55,12 @@ class Spine:
 
         1. Resolve the model.
         2. Authorise: may this key use it?
-        3. Reserve on the limits.
-        4. Take a place in the model's queue.
-        5. Lease the model, loading it if need be.
-        6. Stream; on a server that died before the first byte, once more after its restart.
-        7. Settle and record, whatever happened.
+        3. Shield: refuse or remove what can hurt llama-server.
+        4. Reserve on the limits.
+        5. Take a place in the model's queue.
+        6. Lease the model, loading it if need be.
+        7. Stream; on a server that died before the first byte, once more after its restart.
+        8. Settle and record, whatever happened.
 
         Raises CorralError; where `answer` has begun by then, the door tells the client inside the answer. When
         cancelled, because the client left, every step gives back what it holds and the backend's connection closes.
@@ -71,11 +74,12 @@ class Spine:
             spec = self._manager.registry.resolve(call.model)  # 1
             record.model = spec.id
             authorise(call.key, spec)  # 2
+            fields = shielded(call)  # 3
             per_minute = call.key.rpm if call.key.rpm is not None else self._settings.max_requests_per_minute
-            reservation = self._limits.reserve(call.caller, per_minute)  # 3
+            reservation = self._limits.reserve(call.caller, per_minute)  # 4
             call.headers_out.extend(reservation.headers())
             try:
-                streamed = await self._admitted(call, spec, answer, record)
+                streamed = await self._admitted(call, fields, spec, answer, record)
             except (Unavailable, asyncio.CancelledError):
                 if answer.meter.first_at is None:  # it was not served: it costs nothing
                     reservation.refund()
@@ -91,7 +95,7 @@ class Spine:
             raise
         finally:
             self._running.discard(task)
-            self._accounts.close(record, call, answer.meter, streamed)  # 7
+            self._accounts.close(record, call, answer.meter, streamed)  # 8
 
     async def cut(self, within: float = 2.0) -> None:
         """Cancel what still runs, for the service ends; returns when all of it has given back what it held."""
@@ -101,46 +105,53 @@ class Spine:
             async with asyncio.timeout(within):
                 await self._accounts.idle.wait()
 
-    async def _admitted(self, call: Call, spec: ModelSpec, answer: Answer, record: Record) -> bool:
-        """Steps 4 to 6; whether llama-server's answer was a stream."""
+    async def _admitted(self, call: Call, fields: Fields, spec: ModelSpec, answer: Answer, record: Record) -> bool:
+        """Steps 5 to 7; whether llama-server's answer was a stream."""
         loop = asyncio.get_running_loop()
         asked_at = loop.time()
         wait = self._settings.queue_timeout_seconds
         deadline = call.received_at + (wait if call.max_wait is None else min(wait, call.max_wait))
         places = 0 if call.route.dialect.value in _NO_PLACE else call.places
-        async with self._queues[spec.id].place(Ticket(call.caller, places, call.size, deadline)):  # 4
+        async with self._queues[spec.id].place(Ticket(call.caller, places, call.size, deadline)):  # 5
             placed_at = loop.time()
             self._accounts.placed(record, placed_at - asked_at)
             call.headers_out.append(("x-queue-time-ms", str(int(record.queue_ms))))
-            async with self._manager.lease(spec.id) as lease:  # 5
+            async with self._manager.lease(spec.id) as lease:  # 6
                 await lease.backend(deadline)
                 record.load_ms = (loop.time() - placed_at) * 1000
-                return await self._stream(call, spec, lease, answer, deadline)  # 6
+                return await self._stream(call, fields, spec, lease, answer, deadline)  # 7
 
-    async def _stream(self, call: Call, spec: ModelSpec, lease: Lease, answer: Answer, deadline: float) -> bool:
-        owner = self._manager.owners[spec.id]
-        upstream = self._prepared(call, owner.ctx or self._settings.ctx)
-        headers = [("traceparent", call.traceparent), ("x-request-id", call.request_id)]
+    async def _stream(
+        self, call: Call, fields: Fields, spec: ModelSpec, lease: Lease, answer: Answer, deadline: float
+    ) -> bool:
         backend = await lease.backend(deadline)
+        upstream = self._prepared(call, fields, self._manager.owners[spec.id].ctx or self._settings.ctx)
+        headers = [("traceparent", call.traceparent), ("x-request-id", call.request_id)]
         for last_try in (False, True):
-            try:
-                reply = await backend.request(
-                    call.method, call.route.upstream, upstream.body, content_type=call.content_type, headers=headers
-                )
-                await self._deliver(call, reply, answer, upstream)
-                break
-            except BackendGone:
-                if last_try or answer.meter.first_at is not None:
-                    raise
-                backend = await lease.restarted(deadline)
+            async with self._quarantine.tried(spec.id, upstream.body, deadline, suspect=last_try) as alone:
+                backend = await lease.backend(deadline)
+                try:
+                    reply = await backend.request(
+                        call.method, call.route.upstream, upstream.body, content_type=call.content_type, headers=headers
+                    )
+                    await self._deliver(call, reply, answer, upstream)
+                    break
+                except BackendGone:
+                    died = await lease.died()
+                    if died:
+                        self._quarantine.crashed(spec.id, upstream.body, alone=alone)
+                    if died and alone:
+                        raise guilty() from None
+                    if last_try or answer.meter.first_at is not None:
+                        raise
         return call.stream or upstream.assembling is not None
 
-    def _prepared(self, call: Call, ctx: int) -> _Upstream:
+    def _prepared(self, call: Call, fields: Fields, ctx: int) -> _Upstream:
         if call.raw is not None:
             return _Upstream(call.raw)
         settings, dialect = self._settings, call.route.dialect
         most = min(settings.max_tokens_limit or ctx or 2**31 - 1, ctx or 2**31 - 1)
-        fields, bound = guarded(call, default_tokens=settings.max_tokens_default, most_tokens=most)
+        bound = bound_answer(fields, dialect, default=settings.max_tokens_default, most=most)
         if not call.stream and is_long(call, bound):
             request = decoded(fields)
             if dialect.assembles(request):

@@ -1,0 +1,139 @@
+"""The root of the `corral` command: usage errors, help, exit codes. What the subcommands do is tested with them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gateway import __version__
+from gateway.cli import main
+from tests.house import ROOT
+
+LEVELS: list[tuple[str, ...]] = [
+    (),
+    ("serve",),
+    ("keys",),
+    *(("keys", command) for command in ("generate", "list", "rotate", "remove", "check")),
+    ("config",),
+    ("config", "check"),
+]
+
+
+def corral(*argv: str, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, with nothing of our environment."""
+    command = [sys.executable, "-m", "gateway", *argv]
+    environment = {"PYTHONPATH": str(ROOT), "COLUMNS": "100", **environment}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def ran(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    try:
+        code = main(argv)
+    except SystemExit as left:
+        code = int(left.code or 0)
+    return (code, *capsys.readouterr())
+
+
+def test_no_words_at_all_print_the_help(tmp_path: Path) -> None:
+    done = corral(folder=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("usage: corral ")
+    assert "examples:" in done.stderr
+
+
+@pytest.mark.parametrize("level", LEVELS, ids=" ".join)
+def test_help_has_examples(capsys: pytest.CaptureFixture[str], level: tuple[str, ...]) -> None:
+    code, out, err = ran(capsys, *level, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"usage: {' '.join(('corral', *level))}")
+    assert "corral" in out.partition("example")[2]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ran(capsys, "--version") == (0, f"corral {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "who", "says"),
+    [
+        ("frob", "corral", "invalid choice: 'frob' (choose from "),
+        ("--bogus", "corral", "required: COMMAND"),
+        ("keys", "corral keys", "required: COMMAND"),
+        ("keys frob", "corral keys", "invalid choice: 'frob'"),
+        ("keys generate", "corral keys generate", "required: --name"),
+        ("keys generate --name", "corral keys generate", "expected one argument"),
+        ("keys generate --name a --rate-limit many", "corral keys generate", "must be a whole number"),
+        ("keys generate --name a --rate-limit 1\n2", "corral keys generate", "not '1 2'"),
+        ("keys generate --name a --priority urgent", "corral keys generate", "(choose from "),
+        ("keys list --bogus", "corral keys list", "unrecognized arguments: --bogus"),
+        ("--json keys list --bogus more", "corral keys list", "unrecognized arguments: --bogus more"),
+        ("keys check", "corral keys check", "required: KEY"),
+        ("serve --port 1", "corral serve", "unrecognized arguments: --port 1"),
+        ("config", "corral config", "required: COMMAND"),
+        ("config check a b", "corral config check", "unrecognized arguments: b"),
+    ],
+)
+def test_wrong_usage_is_told_in_one_line(capsys: pytest.CaptureFixture[str], argv: str, who: str, says: str) -> None:
+    code, out, err = ran(capsys, *argv.split(" "))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"{who}: ")
+    assert err.endswith(f"; see: {who} --help\n")
+    assert says in err
+
+
+def test_wrong_usage_as_a_process(tmp_path: Path) -> None:
+    done = corral("keys", "frob", folder=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.parametrize("before", [0, 1, 2, 4])
+def test_options_of_keys_may_stand_anywhere(capsys: pytest.CaptureFixture[str], tmp_path: Path, before: int) -> None:
+    file = tmp_path / "keys.txt"
+    words = ["keys", "generate", "--name", "a"]
+    options = ["--json", "--quiet", "--file", str(file)]
+    code, out, err = ran(capsys, *words[:before], *options, *words[before:])
+    assert (code, err) == (0, "")
+    assert f'"file": "{file}"' in out
+    assert file.exists()
+
+
+def test_options_of_keys_may_be_scattered(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "keys.txt"
+    code, out, err = ran(capsys, "--file", str(file), "keys", "--json", "generate", "--name", "a", "--quiet")
+    assert (code, err) == (0, "")
+    assert f'"file": "{file}"' in out
+
+
+def test_a_wrong_variable_is_no_wrong_usage(tmp_path: Path) -> None:
+    done = corral("keys", "list", folder=tmp_path, PORT="none", CTX="-1", DATA_DIR=str(tmp_path))
+    assert (done.returncode, done.stdout) == (1, "")
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("corral: ") for line in lines)
+    assert not corral("keys", "list", "--file", "k", folder=tmp_path, PORT="none").returncode, "it needs no settings"
+
+
+def test_env_files_and_variables_say_which_keys_file(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("DATA_DIR=here\n")
+    assert corral("keys", "generate", "--name", "a", folder=tmp_path).returncode == 0
+    assert (tmp_path / "here" / "api_keys.txt").exists()
+    assert corral("keys", "generate", "--name", "a", folder=tmp_path, DATA_DIR="there").returncode == 0
+    assert (tmp_path / "there" / "api_keys.txt").exists()
+
+
+def test_a_reader_who_leaves_is_no_traceback(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m gateway keys list --json --file k; echo $? >code"
+    done = subprocess.run(
+        ["bash", "-c", f"({command}) 2>err | true"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert "Broken" not in (tmp_path / "err").read_text()
+    assert (tmp_path / "code").read_text() == "1\n"
