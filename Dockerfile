@@ -7,9 +7,10 @@ FROM ${BASE} AS python
 USER root
 RUN export DEBIAN_FRONTEND=noninteractive \
     && apt-get update \
-    && apt-get install -y --no-install-recommends python3 tini \
+    && apt-get install -y --no-install-recommends ca-certificates python3 tini \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/apt /var/log/dpkg.log /var/log/alternatives.log \
-    && useradd --system --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin corral \
+    && echo 'corral:x:10001:' >>/etc/group \
+    && echo 'corral:x:10001:10001:Corral:/tmp:/usr/sbin/nologin' >>/etc/passwd \
     && install -d -m 1777 /data \
     && ln -s /opt/corral/entrypoint.sh /usr/local/bin/corral
 WORKDIR /opt/corral
@@ -20,13 +21,14 @@ FROM python AS wheels
 ARG BUILD_PACKAGES=""
 RUN export DEBIAN_FRONTEND=noninteractive \
     && apt-get update \
-    && apt-get install -y --no-install-recommends python3-venv ${BUILD_PACKAGES}
+    && apt-get install -y --no-install-recommends binutils python3-venv ${BUILD_PACKAGES}
 COPY requirements.lock ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv .venv \
     && .venv/bin/pip --disable-pip-version-check install --no-compile --require-hashes -r requirements.lock \
     && .venv/bin/pip uninstall --quiet --yes setuptools pip \
-    && rm -f .venv/bin/*ctivate* .venv/.gitignore \
+    && find .venv/bin -type f -delete \
+    && find .venv -name '*.so' -exec strip --strip-unneeded {} + \
     && python3 -m compileall -q -j 0 --invalidation-mode unchecked-hash .venv/lib
 
 # Compiled here, because a read-only container could not keep what it compiles.

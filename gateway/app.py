@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator
 
 from aiohttp import web
@@ -77,7 +78,8 @@ async def listening(runtime: Runtime) -> AsyncIterator[int]:
         )
     except OSError as error:
         await runner.cleanup()
-        raise ConfigError([f"PORT={settings.port}: cannot listen on {settings.host}: {error.strerror}"]) from None
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise ConfigError([f"PORT={settings.port}: cannot listen on {settings.host}: {reason}"]) from None
     inner, header_timeout = runner.server, settings.client_header_timeout
     runtime.ticks.append(lambda now: expire_connections(inner, now, header_timeout))
     try:

@@ -36,12 +36,6 @@ def forwarded(dialect: Dialect = Dialect.CHAT, **fields: object) -> dict[str, ob
     return {name: msgspec.json.decode(value) for name, value in shielded(call(dialect, **fields)).items()}
 
 
-def refused(dialect: Dialect = Dialect.CHAT, **fields: object) -> BadRequest:
-    with pytest.raises(BadRequest) as caught:
-        shielded(call(dialect, **fields))
-    return caught.value
-
-
 def test_unknown_fields_pass_and_dangerous_ones_go() -> None:
     got = forwarded(id_slot=1, lora=[], sse_ping_interval=1, conversation_id="x", temperature=0.5, novelty={"a": 1})
     assert got == {"messages": HI, "temperature": 0.5, "novelty": {"a": 1}}
@@ -80,7 +74,6 @@ def test_one_canonical_bounded_field(
         ({"max_tokens": -1}, "max_tokens"),
         ({"n_predict": "many"}, "n_predict"),
         ({"max_tokens": 1.5}, "max_tokens"),
-        ({"max_tokens": 2**70}, "max_tokens"),
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
         ({"messages": [1]}, "messages"),
@@ -101,7 +94,9 @@ def test_one_canonical_bounded_field(
     ],
 )
 def test_refused_with_the_field_that_is_wrong(fields: dict[str, object], param: str) -> None:
-    error = refused(**fields)
+    with pytest.raises(BadRequest) as caught:
+        shielded(call(Dialect.CHAT, **fields))
+    error = caught.value
     assert (error.status, error.param) == (400, param)
     assert param.partition("[")[0] in error.message
 

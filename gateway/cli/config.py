@@ -49,7 +49,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog="example:\n  PORT=80800 corral config check",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    check.add_argument("file", nargs="?", type=Path, metavar="FILE", help="a models file; default: CONFIG_PATH")
+    check.add_argument("models_file", nargs="?", type=Path, metavar="FILE", help="a models file; default: CONFIG_PATH")
     check.set_defaults(run=run_check)
 
 
@@ -57,7 +57,7 @@ def run_check(args: argparse.Namespace) -> int:
     from gateway.runtime import check_configuration
 
     try:
-        settings = load_configuration(args.file)
+        settings = load_configuration(args.models_file or args.file)
         check_configuration(settings)
     except ConfigError as error:
         for problem in error.problems:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
+import resource
 import signal
 import sys
 
@@ -36,6 +38,7 @@ def run() -> int:
         settings = load_configuration()
     except ConfigError as error:
         return _refuse(error)
+    allow_many_connections()
     folder = log_folder(settings.data_dir, settings.log_name, settings.worker_type)
     with logging_to(
         folder,
@@ -52,6 +55,13 @@ def run() -> int:
         except ConfigError as error:
             return _refuse(error)
     return 0
+
+
+def allow_many_connections() -> None:
+    """Every client costs two descriptors; shells and containers often allow 1,024 softly and far more if asked."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def _serve(settings: Settings, writer: LogWriter) -> None:

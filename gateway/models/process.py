@@ -95,6 +95,7 @@ class Process(asyncio.SubprocessProtocol):
         """One sentence about an exit, with the line of output that most likely says why."""
         if status < 0:
             how = f"llama-server was ended by {signal.Signals(-status).name}"
+            how += " (out of memory?)" if status == -signal.SIGKILL else ""
         else:
             how = f"llama-server exited with status {status}"
         lines = [line.strip() for line in self.last_lines if line.strip()]
