@@ -192,7 +192,6 @@ async def test_a_leased_model_is_not_unloaded(tmp_path: Path, monkeypatch: pytes
         await soon(lambda: made.owner.state is S.OFF)
 
 
-@pytest.mark.xfail(reason="LocalOwner._live forgets a wish that came while an idle model was being stopped")
 async def test_one_who_comes_while_an_idle_model_stops_gets_the_next_server(tmp_path: Path, short_grace: None) -> None:
     async with stable(tmp_path, "ignore_sigterm", IDLE_TIMEOUT_SECONDS="0.05") as made:
         await ready(made)

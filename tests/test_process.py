@@ -66,7 +66,7 @@ async def test_all_its_output_is_passed_on_and_the_last_lines_explain_its_exit()
         ("echo Error: a; echo error: b; exit 1", "llama-server exited with status 1: Error: a"),
         ("printf '%0400d' 1; exit 1", f"llama-server exited with status 1: {'0' * 300}"),
         ("printf 'error \\377\\n'; exit 1", "llama-server exited with status 1: error \ufffd"),
-        ("echo error; kill -9 $$", "llama-server was ended by SIGKILL"),
+        ("echo error; kill -9 $$", "llama-server was ended by SIGKILL (out of memory?)"),
         ("kill -SEGV $$", "llama-server was ended by SIGSEGV"),
     ],
 )

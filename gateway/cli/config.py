@@ -57,7 +57,7 @@ def run_check(args: argparse.Namespace) -> int:
     from gateway.runtime import check_configuration
 
     try:
-        settings = load_configuration(args.models_file or args.file)
+        settings = load_configuration(args.models_file)
         check_configuration(settings)
     except ConfigError as error:
         for problem in error.problems:

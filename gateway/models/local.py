@@ -94,7 +94,6 @@ class LocalOwner(Owner):
                 log.info("%s: this llama-server does not know %s; starting without it", self.spec.id, refused.flag)
                 continue
             if crash is None:
-                self._wanted = False
                 self._set(ModelState.OFF, load_progress=None, pid=None, port=None)
                 continue
             was_ready, reason = crash
@@ -145,6 +144,7 @@ class LocalOwner(Owner):
             self._means.metrics.model_load.labels(self.spec.id).observe(seconds)
             self._events.emit("model.loaded", f"{self.spec.id} in {seconds:.2f} s", model=self.spec.id)
             if await self._until_exit_or_idle(process):
+                self._wanted = False  # from here on a wish is for the next server
                 self._set(ModelState.STOPPING)
                 self._not_ready()
                 self._means.metrics.evictions.labels("idle").inc()

@@ -1,0 +1,105 @@
+"""What the Dockerfiles make: small, closed, and the same twice."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from gateway import __version__
+from tests.image.conftest import Images
+from tests.image.engine import RUN, Engine
+
+pytestmark = [pytest.mark.image, pytest.mark.timeout(300), pytest.mark.xdist_group("image")]
+
+# Of all that is compiled, what would not load; of all that could be compiled, what is not.
+INSPECT = """
+import importlib.machinery, importlib.util, json, pathlib, sys
+broken, uncompiled = [], []
+for root in (pathlib.Path("/opt/corral"), pathlib.Path("/usr/lib/python3.%d" % sys.version_info[1])):
+    for file in root.rglob("*.so"):
+        name = file.name.partition(".")[0]
+        try:
+            spec = importlib.util.spec_from_file_location(name, file)
+            importlib.machinery.ExtensionFileLoader(name, str(file)).create_module(spec)
+        except ImportError as error:
+            if not "_tkinter" in name:
+                broken.append(f"{file}: {error}")
+    for file in root.rglob("*.py"):
+        if not pathlib.Path(importlib.util.cache_from_source(str(file))).exists() and file.name != "__main__.py":
+            uncompiled.append(str(file))
+print(json.dumps([broken, uncompiled]))
+"""
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def image(request: pytest.FixtureRequest, images: Images) -> str:
+    return str(getattr(images, request.param))
+
+
+def python(engine: Engine, image: str, code: str) -> Any:
+    run = ("run", *RUN, "--rm", "--health-interval", "disable", "--entrypoint", "/opt/corral/.venv/bin/python")
+    return json.loads(engine.podman(*run, image, "-c", code))
+
+
+def test_the_image_adds_less_than_120_mb(engine: Engine, images: Images, image: str) -> None:
+    layers = json.loads(engine.podman("history", "--format", "json", image))
+    base = len(json.loads(engine.podman("history", "--format", "json", images.base)))
+    added = [layer["size"] for layer in layers[: len(layers) - base]]
+    print(f"adds {sum(added) / 1e6:.1f} MB: {[size for size in added if size]}; built in {images.seconds:.1f} s")
+    assert 20e6 < sum(added) < 120e6
+
+
+def test_its_description(engine: Engine, images: Images, image: str) -> None:
+    found = engine.inspect(image)
+    config = found["Config"]
+    assert config["User"] == "10001:10001"
+    assert config["Entrypoint"] == ["/usr/bin/tini", "-s", "--", "/opt/corral/entrypoint.sh"]
+    assert not config.get("Cmd")
+    assert set(config["ExposedPorts"]) == {"8000/tcp", "8001/tcp"}
+    assert set(config["Volumes"]) == {"/data"}
+    assert ("NGL=0" in config["Env"]) is ("CTX=4096" in config["Env"]) is (image == images.cpu)
+    assert found["HealthCheck"]["Test"] == ["CMD", "/opt/corral/entrypoint.sh", "healthcheck"]
+    labels = {name.removeprefix("org.opencontainers.image."): value for name, value in config["Labels"].items()}
+    assert labels["title"] == "Corral" and labels["licenses"] == "MIT" and labels["version"] == __version__
+    assert labels["base.name"].startswith("ghcr.io/ggml-org/llama.cpp:server")
+
+
+def test_all_code_is_compiled_and_all_compiled_code_loads(engine: Engine, images: Images) -> None:
+    """A read-only container could not keep what it compiles; and stripped libraries have to be whole."""
+    broken, uncompiled = python(engine, images.cpu, INSPECT)
+    assert broken == []
+    assert uncompiled == []
+
+
+def test_nothing_stays_that_only_the_build_needs(engine: Engine, images: Images) -> None:
+    code = """
+import json, pathlib, shutil
+paths = ["/root/.cache", "/var/lib/apt/lists", "/opt/corral/requirements.lock"]
+left = [str(child) for path in paths for child in pathlib.Path(path).glob("*") if pathlib.Path(path).exists()]
+site = next(pathlib.Path("/opt/corral/.venv/lib").glob("python3*")) / "site-packages"
+print(json.dumps({
+    "tools": [tool for tool in ("pip", "pip3", "gcc", "cc", "strip", "make", "git", "curl") if shutil.which(tool)],
+    "packages": [name for name in ("pip", "setuptools", "pytest", "mypy") if (site / name).exists()],
+    "top": sorted(path.name for path in pathlib.Path("/opt/corral").iterdir()),
+    "foreign": [str(path) for path in pathlib.Path("/opt/corral").rglob("*") if path.lstat().st_uid != 0],
+    "writable": [
+        str(path) for path in pathlib.Path("/opt/corral").rglob("*")
+        if not path.is_symlink() and path.stat().st_mode & 0o022
+    ],
+    "left": left,
+}))
+"""
+    run = ("run", *RUN, "--rm", "--health-interval", "disable", "--user", "0:0")
+    found = json.loads(
+        engine.podman(*run, "--entrypoint", "/opt/corral/.venv/bin/python", images.cpu, "-c", code)
+    )
+    assert found == {
+        "tools": [],
+        "packages": [],
+        "top": [".venv", "LICENSE", "entrypoint.sh", "gateway", "health"],
+        "foreign": [],
+        "writable": [],
+        "left": [],
+    }
