@@ -14,6 +14,7 @@ from typing import Any
 from gateway.admission.limits import RequestLimits
 from gateway.admission.queue import ByteBudget, Queue
 from gateway.backend import Backend
+from gateway.environment import child_environment, hub_caches
 from gateway.errors import ConfigError
 from gateway.events import Events
 from gateway.logs import LogWriter
@@ -27,7 +28,7 @@ from gateway.models.remote import RemoteOwner
 from gateway.pipeline.account import Accounts
 from gateway.pipeline.forward import Spine
 from gateway.pipeline.splice import Pinger
-from gateway.settings import Settings, child_environment, hub_caches
+from gateway.settings import Settings
 from gateway.state import Board, ModelState, ServiceState, publishing
 from gateway.stores.keys import KeyRing, ReloadReport
 

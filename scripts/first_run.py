@@ -17,8 +17,9 @@ from pathlib import Path
 
 import yaml
 
+from gateway.environment import load_settings
 from gateway.errors import ConfigError
-from gateway.settings import Settings, load_settings
+from gateway.settings import Settings
 from gateway.stores.keyfile import KeyFile
 from scripts import fetch_llama_server
 

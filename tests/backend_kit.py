@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from gateway.backend import Backend, Reply
+from gateway.backend import Backend
+from gateway.connection import Reply
 from tests.house import soon
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from gateway.backend import Backend
+from gateway.environment import load_settings
 from gateway.events import Event, Events
 from gateway.metrics import Metrics
 from gateway.models import local
@@ -18,7 +19,6 @@ from gateway.models.local import LocalOwner, Means
 from gateway.models.policy import Crash, restart_delay
 from gateway.models.process import Process
 from gateway.models.registry import ModelSpec
-from gateway.settings import load_settings
 from gateway.state import Board, ModelState
 from tests.fake_llama import install
 from tests.house import free_port, soon

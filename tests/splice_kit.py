@@ -6,7 +6,8 @@ import asyncio
 from itertools import pairwise
 from typing import Any
 
-from gateway.backend import Backend, Connection, Reply
+from gateway.backend import Backend
+from gateway.connection import Connection, Reply
 from gateway.errors import CorralError
 from gateway.pipeline.account import Meter
 from gateway.pipeline.dialects import Dialect

@@ -8,7 +8,8 @@ import hashlib
 
 import pytest
 
-from gateway.backend import MAX_AHEAD_BYTES, MAX_IDLE_CONNECTIONS, Backend
+from gateway.backend import MAX_IDLE_CONNECTIONS, Backend
+from gateway.connection import MAX_AHEAD_BYTES
 from gateway.errors import BackendError, BackendGone
 from gateway.framing import Framing
 from tests.backend_kit import Gathering, Turn, ask, chunked, connected, http, served, talking, whole

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway.environment import child_environment
 from gateway.models.command import (
     INHERITED,
     INHERITED_PREFIXES,
@@ -20,7 +21,6 @@ from gateway.models.command import (
     refused_flag,
 )
 from gateway.models.registry import ModelSpec
-from gateway.settings import child_environment
 from tests.house import llama_server
 
 SPEC = ModelSpec(id="qwen")

@@ -15,9 +15,10 @@ import pytest
 from gateway import errors
 from gateway.app import TABLE
 from gateway.cli import make_parser
+from gateway.environment import load_settings
 from gateway.errors import CorralError
 from gateway.metrics import Metrics
-from gateway.settings import load_settings, variables
+from gateway.settings import variables
 from scripts import docs
 from tests.house import ROOT, USER, Gateway
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from gateway.environment import load_settings
 from gateway.errors import ConfigError, ModelNotFound
 from gateway.models.registry import ModelSpec, Registry, build_registry, find_models
-from gateway.settings import load_settings
 
 
 def files(folder: Path, *names: str) -> Path:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from gateway.environment import load_settings
 from gateway.errors import ConfigError
-from gateway.settings import Settings, Variable, load_settings, variables
+from gateway.settings import Settings, Variable, variables
 
 HERE = {"DATA_DIR": "/d"}
 MIB = 1024 * 1024

@@ -8,17 +8,16 @@ from typing import Any
 
 import pytest
 
-from gateway.errors import ConfigError
-from gateway.settings import (
-    Settings,
+from gateway.environment import (
     child_environment,
     detect_data_dir,
     hub_caches,
     instance_name,
     load_settings,
     secrets_in_force,
-    variables,
 )
+from gateway.errors import ConfigError
+from gateway.settings import Settings, variables
 
 
 def tree(path: str, value: Any) -> dict[str, Any]:

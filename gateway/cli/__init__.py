@@ -82,6 +82,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _keys_file() -> Path:
-    from gateway.settings import load_settings
+    from gateway.environment import load_settings
 
     return load_settings().auth_keys_file

@@ -7,8 +7,9 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from gateway.environment import load_settings
 from gateway.errors import ConfigError
-from gateway.settings import Settings, load_settings
+from gateway.settings import Settings
 
 
 def load_configuration(file: Path | None = None) -> Settings:

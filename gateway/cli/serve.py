@@ -13,10 +13,11 @@ import sys
 import uvloop
 
 from gateway.cli.config import load_configuration
+from gateway.environment import instance_name, secrets_in_force
 from gateway.errors import ConfigError
 from gateway.logs import LogWriter, log_folder, logging_to
 from gateway.runtime import Runtime, open_runtime
-from gateway.settings import Settings, instance_name, secrets_in_force
+from gateway.settings import Settings
 from gateway.state import ServiceState
 
 log = logging.getLogger("corral.serve")

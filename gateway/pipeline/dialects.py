@@ -107,32 +107,6 @@ class Dialect(enum.Enum):
 _GENERATING = frozenset({Dialect.CHAT, Dialect.COMPLETIONS, Dialect.NATIVE, Dialect.RESPONSES, Dialect.MESSAGES})
 _RESPONSE_ENDS = (b"event: response.completed\n", b"event: response.incomplete\n", b"event: response.failed\n")
 
-# llama-server's own paths. Beware: without /v1 `completions` and `embeddings` are the native ones, not OpenAI's.
-ROUTES: dict[str, Dialect] = {
-    "/v1/chat/completions": Dialect.CHAT,
-    "/chat/completions": Dialect.CHAT,
-    "/v1/completions": Dialect.COMPLETIONS,
-    "/completion": Dialect.NATIVE,
-    "/completions": Dialect.NATIVE,
-    "/infill": Dialect.NATIVE,
-    "/v1/responses": Dialect.RESPONSES,
-    "/responses": Dialect.RESPONSES,
-    "/v1/messages": Dialect.MESSAGES,
-    "/v1/messages/count_tokens": Dialect.COUNT_TOKENS,
-    "/v1/embeddings": Dialect.EMBEDDINGS,
-    "/embeddings": Dialect.EMBEDDINGS,
-    "/embedding": Dialect.EMBEDDINGS,
-    "/v1/rerank": Dialect.RERANK,
-    "/v1/reranking": Dialect.RERANK,
-    "/rerank": Dialect.RERANK,
-    "/reranking": Dialect.RERANK,
-    "/tokenize": Dialect.TOKENIZE,
-    "/detokenize": Dialect.DETOKENIZE,
-    "/apply-template": Dialect.APPLY_TEMPLATE,
-    "/v1/audio/transcriptions": Dialect.TRANSCRIPTIONS,
-    "/audio/transcriptions": Dialect.TRANSCRIPTIONS,
-}
-
 
 def last_frame(tail: bytes) -> tuple[bytes, bool]:
     """The last event of a stream's tail, and whether its beginning lies before the tail."""

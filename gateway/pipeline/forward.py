@@ -11,7 +11,7 @@ import msgspec
 
 from gateway.admission.limits import RequestLimits
 from gateway.admission.queue import Queue, Ticket
-from gateway.backend import Reply
+from gateway.connection import Reply
 from gateway.errors import BackendGone, CorralError, ModelNotAllowed, Unavailable
 from gateway.models.manager import Manager
 from gateway.models.owner import Lease

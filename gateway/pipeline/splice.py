@@ -8,7 +8,7 @@ from collections.abc import Callable
 from enum import Enum, auto
 from typing import Protocol
 
-from gateway.backend import Reply
+from gateway.connection import Reply
 from gateway.errors import BackendError, CorralError
 from gateway.framing import LAST_CHUNK, Framing, frame
 from gateway.pipeline.account import Meter

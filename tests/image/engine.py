@@ -30,7 +30,9 @@ class Engine:
     def __init__(self, cache: Path = CACHE) -> None:
         missing = [tool for tool in TOOLS if shutil.which(tool) is None]
         assert not missing, f"missing: {', '.join(missing)}; ./scripts/test installs them"
-        assert os.geteuid() == 0, "containers are run as root here; leave these tests out by: ./scripts/test -m 'not image'"
+        assert os.geteuid() == 0, (
+            "containers are run as root here; leave these tests out by: ./scripts/test -m 'not image'"
+        )
         self.cache = cache
         self._temporary = cache / "tmp"
         self._temporary.mkdir(parents=True, exist_ok=True)
@@ -74,7 +76,9 @@ class Engine:
         environment = {**os.environ, "TMPDIR": str(self._temporary)}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise EngineError(f"{' '.join(command)}: exit {done.returncode}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+            raise EngineError(
+                f"{' '.join(command)}: exit {done.returncode}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
+            )
         return done.stdout
 
 

@@ -92,9 +92,7 @@ print(json.dumps({
 }))
 """
     run = ("run", *RUN, "--rm", "--health-interval", "disable", "--user", "0:0")
-    found = json.loads(
-        engine.podman(*run, "--entrypoint", "/opt/corral/.venv/bin/python", images.cpu, "-c", code)
-    )
+    found = json.loads(engine.podman(*run, "--entrypoint", "/opt/corral/.venv/bin/python", images.cpu, "-c", code))
     assert found == {
         "tools": [],
         "packages": [],

@@ -104,7 +104,9 @@ def test_the_platform_is_recognised_by_its_volume(
         instance = container.execute("sh", "-c", f"ls {chosen}/logs/llama")
         assert ("abc123" in instance) is bool(mounted)
         assert container.end() == 0
-    assert [path for path in mounted if (tmp_path / path[1:] / "logs").exists()] == [path for path in mounted if path == chosen]
+    assert [path for path in mounted if (tmp_path / path[1:] / "logs").exists()] == [
+        path for path in mounted if path == chosen
+    ]
 
 
 def test_read_only_without_capabilities_as_anyone(

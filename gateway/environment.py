@@ -1,0 +1,254 @@
+"""Reads the settings; the only place that looks at the process's environment.
+
+Order of precedence: real variables, then `.env` in the working directory, then the models file, then defaults.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gateway.errors import ConfigError
+from gateway.settings import Settings, Variable, variables
+
+
+def load_settings(
+    environ: Mapping[str, str] | None = None,
+    dotenv: Path | None = Path(".env"),
+    file: Mapping[str, Any] | None = None,
+) -> Settings:
+    """Read the environment, `.env` and the settings of a models file.
+
+    Raises ConfigError with one line for each wrong value.
+    """
+    real = os.environ if environ is None else environ
+    layers = (real, _read_dotenv(dotenv))
+    problems: list[str] = []
+    warnings: list[str] = []
+    values: dict[str, Any] = {}
+    for var in variables():
+        text = _lookup(var, layers, warnings)
+        try:
+            if text is not None:
+                values[var.name] = _parse(var, text)
+            elif file is not None and var.file and (value := _dig(file, var.file)) is not None:
+                if text := _as_text(value).strip():
+                    values[var.name] = _parse(var, text, shown=var.file)
+        except ValueError as error:
+            problems.append(str(error))
+    explicit = frozenset(values)
+    _resolve_paths(values)
+    if "PORT_HEALTH" not in values and any(map(on_runpod, layers)):
+        values["PORT_HEALTH"] = values.get("PORT", 8000)
+    if "PORT_BACKEND" not in values and values.get("PORT") == 8080:
+        values["PORT_BACKEND"] = 8081  # Cloud Run and others say PORT=8080; only who names both can be wrong
+    settings = Settings(
+        **{name.lower(): value for name, value in values.items()}, warnings=tuple(warnings), explicit=explicit
+    )
+    problems += _cross_check(settings)
+    if problems:
+        raise ConfigError(problems)
+    return settings
+
+
+def child_environment(names: tuple[str, ...], prefixes: tuple[str, ...]) -> dict[str, str]:
+    """The part of the process's environment that a child may inherit: exact `names`, and any with one of `prefixes`."""
+    return {key: value for key, value in os.environ.items() if key in names or key.startswith(prefixes)}
+
+
+def on_runpod(environ: Mapping[str, str]) -> bool:
+    return bool(environ.get("RUNPOD_POD_ID") or environ.get("RUNPOD_ENDPOINT_ID"))
+
+
+def hub_caches() -> tuple[Path, ...]:
+    """Where Hugging Face models may lie already: RunPod's cache, then the user's own."""
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    return (Path("/runpod-volume/huggingface-cache/hub"), Path(os.environ.get("HF_HUB_CACHE") or home / "hub"))
+
+
+def instance_name() -> str:
+    """Which machine this is, fit for a file name: RunPod's pod id, else the host's name."""
+    name = os.environ.get("RUNPOD_POD_ID") or os.uname().nodename
+    return re.sub(r"[^A-Za-z0-9_-]", "-", name)[:64] or "local"
+
+
+def secrets_in_force(settings: Settings) -> list[str]:
+    """Values that must never be written anywhere; logs mask them."""
+    found = []
+    for var in variables():
+        value = getattr(settings, var.name.lower())
+        if var.secret and isinstance(value, str):
+            found += [value, *(part.strip() for part in value.split(","))] if var.name == "API_KEY" else [value]
+    return sorted({value for value in found if len(value) >= 8}, key=len, reverse=True)
+
+
+def _read_dotenv(path: Path | None) -> dict[str, str]:
+    if path is None or not path.is_file():
+        return {}
+    from dotenv import dotenv_values  # imported only where a file is there: 10 ms of the start
+
+    return {key: value for key, value in dotenv_values(path, interpolate=False).items() if value is not None}
+
+
+def _lookup(var: Variable, layers: Sequence[Mapping[str, str]], warnings: list[str]) -> str | None:
+    """The text in the first layer that has it, under its name or an older one. An empty value counts as unset."""
+    for given in layers:
+        for name in (var.name, *var.aliases, *var.deprecated):
+            if text := given.get(name, "").strip():
+                if name in var.deprecated:
+                    warnings.append(f"{name} is deprecated: use {var.name}")
+                return text
+    return None
+
+
+_TRUE, _FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
+
+
+def _parse(var: Variable, text: str, shown: str | None = None) -> Any:
+    """Raises ValueError with name, value and what is allowed."""
+    name = shown or var.name
+    value = "…" if var.secret else text
+    if var.kind is bool:
+        if text.lower() in _TRUE | _FALSE:
+            return text.lower() in _TRUE
+        raise ValueError(f"{name}={value!r}: must be true or false")
+    if var.kind in (int, float):
+        return _number(var, name, text)
+    if var.kind is tuple:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    if var.kind is Path:
+        return Path(text).expanduser()
+    if var.choices:
+        if text.lower() not in var.choices:
+            near = difflib.get_close_matches(text.lower(), var.choices, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(f"{name}={value!r}: must be one of {', '.join(var.choices)}{hint}")
+        return text.lower()
+    return text
+
+
+def _number(var: Variable, name: str, text: str) -> int | float:
+    kind = "a whole number" if var.kind is int else "a number"
+    low, high = var.low, var.high
+    bounds = f" from {low:g} to {high:.15g}" if low is not None and high is not None else f" of at least {low:g}"
+    try:
+        number: int | float = int(text) if var.kind is int else float(text)
+    except ValueError:
+        raise ValueError(f"{name}={text!r}: must be {kind}{bounds}") from None
+    if number != number or (low is not None and number < low) or (high is not None and number > high):
+        raise ValueError(f"{name}={text!r}: must be {kind}{bounds}")
+    return number
+
+
+def _dig(tree: Mapping[str, Any], path: str) -> Any:
+    value: Any = tree
+    for part in path.split("."):
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(part)
+    return value
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(str(item) for item in value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _resolve_paths(values: dict[str, Any]) -> None:
+    """Fill in the paths whose defaults depend on DATA_DIR."""
+    data = values.setdefault("DATA_DIR", detect_data_dir())
+    values.setdefault("MODELS_DIR", data / "models")
+    values.setdefault("AUTH_KEYS_FILE", data / "api_keys.txt")
+    values.setdefault("AUDIT_DB", data / "corral.sqlite")
+    if "CONFIG_PATH" not in values:
+        found = next(
+            (data / f"config.{end}" for end in ("yaml", "yml", "json") if (data / f"config.{end}").is_file()), None
+        )
+        values["CONFIG_PATH"] = found
+
+
+def detect_data_dir() -> Path:
+    """The platform's volume. An image may hold an empty /data, so that one comes last."""
+    for path in (Path("/runpod-volume"), Path("/workspace")):
+        if path.is_dir():
+            return path
+    return Path("/data")
+
+
+def _cross_check(settings: Settings) -> list[str]:
+    problems = [
+        f"{name}={shown}: {allowed}"
+        for name, shown, wrong, allowed in (
+            (
+                "PORT_BACKEND",
+                settings.port_backend,
+                settings.port_backend == settings.port,
+                "must differ from PORT",
+            ),
+            (
+                "LLAMA_URL",
+                repr(settings.llama_url),
+                not re.match(r"https?://[^/\s]+", settings.llama_url or "http://x"),
+                "must begin with http:// or https://",
+            ),
+            (
+                "MODEL_URL",
+                "…",
+                not re.match(r"https?://[^/\s]+", settings.model_url or "http://x"),
+                "must begin with http:// or https://",
+            ),
+            (
+                "MODEL_SHA256",
+                repr(settings.model_sha256),
+                not re.fullmatch(r"[0-9a-fA-F]{64}", settings.model_sha256 or "0" * 64),
+                "must be 64 hexadecimal digits",
+            ),
+            (
+                "LOG_NAME",
+                repr(settings.log_name),
+                not re.fullmatch(r"[A-Za-z0-9._-]+", settings.log_name),
+                "must be letters, digits, '.', '-' or '_'",
+            ),
+            (
+                "WORKER_TYPE",
+                repr(settings.worker_type),
+                not re.fullmatch(r"[A-Za-z0-9._-]+", settings.worker_type or "x"),
+                "must be letters, digits, '.', '-' or '_'",
+            ),
+        )
+        if wrong
+    ]
+    return problems + _check_networks(settings) + _check_origins(settings) + _check_extra_args(settings)
+
+
+def _check_networks(settings: Settings) -> list[str]:
+    problems = []
+    for network in settings.trusted_proxies:
+        try:
+            ipaddress.ip_network(network, strict=False)
+        except ValueError:
+            problems.append(f"TRUSTED_PROXIES={network!r}: must be addresses or networks such as 10.0.0.0/8")
+    return problems
+
+
+def _check_origins(settings: Settings) -> list[str]:
+    return [
+        f"CORS_ORIGINS={origin!r}: must be * or scheme://host[:port] without a path"
+        for origin in settings.cors_origins
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin, re.IGNORECASE)
+    ]
+
+
+def _check_extra_args(settings: Settings) -> list[str]:
+    try:
+        shlex.split(settings.extra_args)
+    except ValueError as error:
+        return [f"EXTRA_ARGS={settings.extra_args!r}: {error}"]
+    return []
