@@ -22,6 +22,8 @@ MAX_FILE_BYTES = 50 * 1024 * 1024
 MAX_FILE_SECONDS = 86_400.0  # a file is written for a day at most
 MAX_AGE_SECONDS = 14 * 86_400
 KEEP_FILES = 20  # of each kind
+BATCH_SECONDS = 0.05
+MAX_BATCH = 1000
 LIVE_SECONDS = 3600.0  # another instance's file that was written so recently is in use
 
 _SECRET = re.compile(r"sk-[A-Za-z0-9_-]+-[A-Za-z0-9_-]{43}|(?<=Bearer )[^\s\"']+")
@@ -38,11 +40,11 @@ class LogFile:
         self._until = 0.0
         self._retry_at = 0.0
 
-    def write(self, data: bytes) -> bool:
-        """False where the bytes could not be kept."""
+    def write(self, data: bytes, entries: int = 1) -> bool:
+        """False where these entries could not be kept."""
         now = time.monotonic()
         if self._stream is None and now < self._retry_at:
-            self.errors += 1
+            self.errors += entries
             return False
         try:
             if self._stream is None or self._bytes > MAX_FILE_BYTES or now > self._until:
@@ -52,7 +54,7 @@ class LogFile:
             self._stream.write(data)
             self._stream.flush()
         except OSError:
-            self.errors += 1
+            self.errors += entries
             self._retry_at = now + 60
             self.close()
             return False
@@ -121,23 +123,39 @@ class LogWriter(threading.Thread):
         self._secrets.append(secret)
 
     def run(self) -> None:
-        while (entry := self._queue.get()) is not None:
-            if isinstance(entry, bytes):
-                self._server.write(self.mask(entry.decode(errors="replace")).encode())
-                continue
-            try:
-                line = self.mask(self.format(entry)) + "\n"
-            except Exception as error:  # one bad call must not end the log of all others
-                where = f"{entry.pathname}:{entry.lineno}"
-                line = (
-                    f"{_stamp(entry.created)} ERROR   {where}: this entry cannot be formatted: {type(error).__name__}\n"
-                )
-            with contextlib.suppress(OSError, ValueError):
-                sys.stderr.write(line)
-                sys.stderr.flush()
-            self._gateway.write(line.encode(errors="replace"))
+        ended = False
+        while not ended:
+            batch = self._batch()
+            ended = None in batch
+            lines = [self._line(entry) for entry in batch if isinstance(entry, logging.LogRecord)]
+            if lines:
+                text = "".join(lines)
+                with contextlib.suppress(OSError, ValueError):
+                    sys.stderr.write(text)
+                    sys.stderr.flush()
+                self._gateway.write(text.encode(errors="replace"), len(lines))
+            output = [entry for entry in batch if isinstance(entry, bytes)]
+            if output:
+                self._server.write(self.mask(b"".join(output).decode(errors="replace")).encode(), len(output))
         self._gateway.close()
         self._server.close()
+
+    def _batch(self) -> list[logging.LogRecord | bytes | None]:
+        """What is there, and what comes within a moment: one write for many lines, and few wake-ups under load."""
+        batch = [self._queue.get()]
+        if batch[0] is not None:
+            time.sleep(BATCH_SECONDS)
+        with contextlib.suppress(queue.Empty):
+            while len(batch) < MAX_BATCH and batch[-1] is not None:
+                batch.append(self._queue.get_nowait())
+        return batch
+
+    def _line(self, record: logging.LogRecord) -> str:
+        try:
+            return self.mask(self.format(record)) + "\n"
+        except Exception as error:  # one bad call must not end the log of all others
+            where = f"{record.pathname}:{record.lineno}"
+            return f"{_stamp(record.created)} ERROR   {where}: this entry cannot be formatted: {type(error).__name__}\n"
 
     def stop(self) -> None:
         self._queue.put(None)

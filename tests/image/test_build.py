@@ -60,7 +60,7 @@ def test_its_description(engine: Engine, images: Images, image: str) -> None:
     assert set(config["ExposedPorts"]) == {"8000/tcp", "8001/tcp"}
     assert set(config["Volumes"]) == {"/data"}
     assert ("NGL=0" in config["Env"]) is ("CTX=4096" in config["Env"]) is (image == images.cpu)
-    assert found["HealthCheck"]["Test"] == ["CMD", "/opt/corral/entrypoint.sh", "healthcheck"]
+    assert found["Healthcheck"]["Test"] == ["CMD", "/opt/corral/entrypoint.sh", "healthcheck"]
     labels = {name.removeprefix("org.opencontainers.image."): value for name, value in config["Labels"].items()}
     assert labels["title"] == "Corral" and labels["licenses"] == "MIT" and labels["version"] == __version__
     assert labels["base.name"].startswith("ghcr.io/ggml-org/llama.cpp:server")

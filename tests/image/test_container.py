@@ -36,7 +36,7 @@ def test_it_starts_answers_and_is_healthy(container: Container) -> None:
     answer = container.chat("hello").json()
     assert answer["usage"]["completion_tokens"] == 8
     assert container.chat("hello", key="sk-wrong-0123456789abcdef").status == 401
-    assert container.get("/health", key=None).json()["status"] == "ready"
+    assert container.at(container.port_health).get("/health", key=None).json()["status"] == "ready"
     container.engine.podman("healthcheck", "run", container.name)
     state = json.loads(container.engine.podman("inspect", container.name))[0]["State"]
     assert state["Health"]["Status"] == "healthy"
@@ -75,7 +75,7 @@ def test_stopped_it_leaves_nothing_but_the_volume(
     assert "listening" in found["llama/server"]
     assert key not in "".join(found.values())
     assert (data / "api_keys.txt").stat().st_mode & 0o777 == 0o600
-    assert {path.stat().st_uid for path in data.rglob("*") if path.name != "models"} == {IMAGE_USER}
+    assert {path.stat().st_uid for path in data.rglob("*") if "models" not in path.parts} == {IMAGE_USER}
 
 
 def test_arguments_go_to_the_command_line(engine: Engine, images: Images) -> None:
@@ -144,8 +144,8 @@ def test_debug_shell_shows_the_environment_without_secrets_and_waits(
 ) -> None:
     variables = {"DEBUG_SHELL": "true", "MODEL_NAME": "some.gguf"}
     with running_container(engine, images.cpu, tmp_path, variables=variables, ready=False) as container:
+        container.wait_ping(204)
         eventually(lambda: "holding the container" in container.stderr)
-        assert container.ping() == 204
         assert container.execute("corral", "--version").startswith("corral ")
         assert container.end() == 0
         shown = container.stdout
