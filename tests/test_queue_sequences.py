@@ -69,7 +69,7 @@ class Sequence(House):
                 assert queue.active + min(waiting[0].places, queue.capacity) > queue.capacity, "a place stays empty"
 
 
-@settings(max_examples=8000)
+@settings(max_examples=300)
 @given(st.integers(1, 4), st.integers(0, 4), st.lists(operations, max_size=40))
 @example(
     4, 0, [("arrive", 4, 0, 9, 0), ("arrive", 4, 0, 9, 0), ("settle",), ("resize", 2, 0), ("finish", 0), ("settle",)]

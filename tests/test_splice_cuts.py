@@ -126,7 +126,7 @@ def places(body: bytes) -> list[int]:
     return found
 
 
-@settings(max_examples=15000)
+@settings(max_examples=250)
 @given(cases)
 @example(Case(Dialect.RESPONSES, "length", cuts=(4090,), error_at=1, http11=False))
 @example(Case())

@@ -78,6 +78,7 @@ class LocalOwner(Owner):
                     self._not_ready()
 
     def kill(self) -> None:
+        self._closing = True  # its end is no crash
         if self._process is not None:
             self._process.kill()
 
@@ -93,6 +94,8 @@ class LocalOwner(Owner):
                 self._without |= {refused.flag}
                 log.info("%s: this llama-server does not know %s; starting without it", self.spec.id, refused.flag)
                 continue
+            if self._closing:
+                return
             if crash is None:
                 self._set(ModelState.OFF, load_progress=None, pid=None, port=None)
                 continue

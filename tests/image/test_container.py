@@ -40,7 +40,7 @@ def test_it_starts_answers_and_is_healthy(container: Container) -> None:
     container.engine.podman("healthcheck", "run", container.name)
     state = json.loads(container.engine.podman("inspect", container.name))[0]["State"]
     assert state["Health"]["Status"] == "healthy"
-    assert "Corral is ready: " in container.stdout
+    eventually(lambda: "Corral is ready: " in container.stdout)
 
 
 def test_its_processes_and_who_they_are(container: Container) -> None:
@@ -118,7 +118,7 @@ def test_read_only_without_capabilities_as_anyone(
     ) as container:
         assert container.execute("id", "-u") == "12345\n"
         assert container.chat("hello").status == 200
-        assert "server.ready" in container.execute("sh", "-c", "cat /data/logs/llama/*_gateway_*.log")
+        eventually(lambda: "server.ready" in container.execute("sh", "-c", "cat /data/logs/llama/*_gateway_*.log"))
         assert "warning" not in container.stderr.lower()
         assert container.end() == 0
 
@@ -132,7 +132,7 @@ def test_a_volume_of_roots_is_complained_of_and_borne(
     with running_container(engine, images.cpu, tmp_path / "run", *flags) as container:
         assert container.chat("hello").status == 200
         assert "no boot log: /data/logs/_boot cannot be written" in container.stderr
-        assert "server.ready" in container.stderr
+        eventually(lambda: "server.ready" in container.stderr)
         assert container.end() == 0
     assert [path.name for path in data.iterdir()] == ["models"]
     said = engine.podman("run", *RUN, "--rm", *bind(data, "/data"), "--user", "0:0", images.cpu, *GENERATE)
