@@ -1,6 +1,7 @@
 # shellcheck shell=bash disable=SC2154 # value is entrypoint.sh's
 # Sourced for `entrypoint.sh healthcheck`, the image's HEALTHCHECK: exit 0 for /ping's 200 (ready) and 204 (not yet), else 1.
-# It stands in the entrypoint's place because only there is known which port it is, with .env and platforms counted in.
+# The entrypoint does it because it alone knows which port it is, with .env and platforms counted in.
+trap '' PIPE # who hangs up on us is unhealthy, which is for us to say
 case ${value[HOST]:-::} in 0.0.0.0 | ::) host=127.0.0.1 ;; *) host=${value[HOST]} ;; esac
 {
     printf 'GET /ping HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n' "$host" >&3

@@ -11,6 +11,7 @@ import pytest
 from gateway.backend import Backend
 from gateway.errors import BackendError, BackendGone, BackendTimeout
 from tests.backend_kit import Gathering, Turn, ask, chunked, connected, deaf_port, http, served, talking
+from tests.clock_loop import settle
 from tests.fake_llama import FakeLlama
 from tests.house import soon
 
@@ -35,7 +36,7 @@ async def test_silence_before_the_head_and_in_the_body_ends_the_request() -> Non
                 await soon(lambda: next(iter(backend._all)).state.name == "BODY")
             backend.sweep(1000.0)  # has been heard since
             backend.sweep(1600.0)
-            await asyncio.sleep(0)
+            await settle()
             assert not task.done()
             backend.sweep(1600.1)
             with pytest.raises(BackendTimeout, match="600 s"):
@@ -79,10 +80,12 @@ async def test_a_paused_answer_and_an_idle_connection_are_not_silent() -> None:
         reply.pause()
         for now in (30_000.0, 40_000.0, 50_000.0):
             backend.sweep(now)
+        await settle()
         assert not task.done()
         reply.resume()
         backend.sweep(50_001.0)  # a client that reads again gives its server all the time anew
         backend.sweep(50_600.0)
+        await settle()
         assert not task.done()
         backend.sweep(50_602.0)
         with pytest.raises(BackendTimeout):
@@ -129,13 +132,16 @@ async def test_cancelling_closes_the_connection_so_that_the_slot_is_freed(where:
         await left.wait()
 
 
-async def test_cancelling_at_the_very_moment_of_the_head() -> None:
+@pytest.mark.parametrize("first", ["head", "cancellation"])
+async def test_cancelling_at_the_very_moment_of_the_head(first: str) -> None:
     async def answer(turn: Turn) -> None:
         await turn.gone()
 
     async with talking(answer) as (server, backend):
         task = asyncio.create_task(backend.request("POST", "/x"))
         await soon(lambda: server.turns)
+        if first == "cancellation":
+            task.cancel()
         next(iter(backend._all)).data_received(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n")
         task.cancel()  # the head is there, and nobody has seen it yet
         with pytest.raises(asyncio.CancelledError):

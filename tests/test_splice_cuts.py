@@ -103,7 +103,7 @@ async def check(case: Case) -> None:
     assert rig.splice.was_cut and rig.client.closing
     if "content-length" in seen.headers:
         assert right.startswith(body)
-        # An error event that comes in two pieces is not recognised, and so the body may be whole; the stream has failed.
+        # An error event that comes in two pieces is not recognised: then the body may be whole, and yet has failed.
         assert len(body) < int(seen.headers["content-length"]) or case.error_at is not None
         return
     frame = case.dialect.error_frame(error.body())

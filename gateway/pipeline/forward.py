@@ -18,6 +18,8 @@ from gateway.models.owner import Lease
 from gateway.models.registry import ModelSpec
 from gateway.pipeline.account import CLIENT_LEFT, Accounts, Record, note_failure
 from gateway.pipeline.call import Call, Fields, decoded
+from gateway.pipeline.fetch import MediaFetcher
+from gateway.pipeline.media import Media, find_media
 from gateway.pipeline.progress import PROGRESS_FIELD, TELL_PROGRESS, ask_progress
 from gateway.pipeline.quarantine import Quarantine, guilty
 from gateway.pipeline.shield import bound_answer, shielded
@@ -48,6 +50,7 @@ class Spine:
         self._limits = limits
         self._accounts = accounts
         self._quarantine = Quarantine(accounts.clock)
+        self._fetcher = MediaFetcher()
         self._running: set[asyncio.Task[object]] = set()
 
     async def forward(self, call: Call, answer: Answer) -> None:
@@ -75,10 +78,12 @@ class Spine:
             record.model = spec.id
             authorise(call.key, spec)  # 2
             fields = shielded(call)  # 3
+            media = find_media(fields, call.route.dialect, allow_remote=self._settings.allow_remote_media)
             per_minute = call.key.rpm if call.key.rpm is not None else self._settings.max_requests_per_minute
             reservation = self._limits.reserve(call.caller, per_minute)  # 4
             call.headers_out.extend(reservation.headers())
             try:
+                fields = await self._with_media(call, media)
                 streamed = await self._admitted(call, fields, spec, answer, record)
             except (Unavailable, asyncio.CancelledError):
                 if answer.meter.first_at is None:  # it was not served: it costs nothing
@@ -104,6 +109,13 @@ class Spine:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within):
                 await self._accounts.idle.wait()
+
+    async def _with_media(self, call: Call, media: Media) -> Fields:
+        """The fields with what their URLs refer to in place of the URLs, fetched before a place is taken for them."""
+        fields = await media.inlined(self._fetcher)
+        if media.remote:
+            call.size = max(call.size, sum(memoryview(value).nbytes for value in fields.values()))
+        return fields
 
     async def _admitted(self, call: Call, fields: Fields, spec: ModelSpec, answer: Answer, record: Record) -> bool:
         """Steps 5 to 7; whether llama-server's answer was a stream."""

@@ -30,21 +30,19 @@ Path = tuple[str | int, ...]
 MAX_REFERENCES = 16  # to be fetched for one request
 MAX_NESTING = 4  # lists of parts inside parts
 
-# Where a dialect has its lists of turns; each turn, and each part of it, may hold media.
-_TURNS: dict[Dialect, tuple[str, ...]] = {
-    Dialect.CHAT: ("messages",),
-    Dialect.APPLY_TEMPLATE: ("messages",),
-    Dialect.MESSAGES: ("messages", "system"),
-    Dialect.COUNT_TOKENS: ("messages", "system"),
-    Dialect.RESPONSES: ("input",),
-}
-# Where it has prompts: a text, tokens, {"prompt_string", "multimodal_data"}, or a list of such.
-_PROMPTS: dict[Dialect, tuple[str, ...]] = {
-    Dialect.COMPLETIONS: ("prompt",),
-    Dialect.NATIVE: ("prompt", "image_data", "multimodal_data"),
-    Dialect.EMBEDDINGS: ("input", "content"),
-    Dialect.RERANK: ("query", "documents", "texts"),
-    Dialect.TOKENIZE: ("content",),
+# Where a dialect has lists of turns, each of which, and each part of it, may hold media; and where it has prompts: a
+# text, tokens, {"prompt_string", "multimodal_data"}, or a list of such.
+_PLACES: dict[Dialect, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    Dialect.CHAT: (("messages",), ()),
+    Dialect.APPLY_TEMPLATE: (("messages",), ()),
+    Dialect.MESSAGES: (("messages", "system"), ()),
+    Dialect.COUNT_TOKENS: (("messages", "system"), ()),
+    Dialect.RESPONSES: (("input",), ()),
+    Dialect.COMPLETIONS: ((), ("prompt",)),
+    Dialect.NATIVE: ((), ("prompt", "image_data", "multimodal_data")),
+    Dialect.EMBEDDINGS: ((), ("input", "content")),
+    Dialect.RERANK: ((), ("query", "documents", "texts")),
+    Dialect.TOKENIZE: ((), ("content",)),
 }
 _PARTS = frozenset({"content", "output"})  # lists of further parts, such as a tool's result
 _BARE = frozenset({"multimodal_data", "image_data"})  # lists of base64
@@ -57,6 +55,7 @@ _BASE64_KEYS = frozenset({"data", "file_data"})  # they may hold base64 without 
 _TYPE = re.compile(r"(?:image|audio|video)/[\w.+-]+", re.ASCII)
 _DATA_URL = re.compile(r"data:(?:image|audio|video)/[\w.+-]+(?:;[\w.+-]+=[\w.+-]*)*;base64", re.ASCII)
 _BASE64 = (string.ascii_letters + string.digits + "+/").encode()
+_MARKER_AT_END = re.compile(r"<__media_\w*_>\Z")  # `<__media__>`, in later builds with random letters
 _TEXT, _LIST, _OBJECT, _NULL = b'"[{n'
 
 _turns = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
@@ -103,11 +102,12 @@ def find_media(fields: Fields, dialect: Dialect, *, allow_remote: bool) -> Media
     The fields that may hold media are encoded anew, so that a name that stands twice in an object, which parsers do
     not agree on, reaches llama-server only as it was checked.
     """
+    turns, prompts = _PLACES.get(dialect, ((), ()))
     finder = _Finder(allow_remote)
-    for name in _TURNS.get(dialect, ()):
+    for name in turns:
         if (raw := fields.get(name)) is not None and _first(raw) == _LIST:
             finder.roots[name] = finder.parts(raw, (name,), 0)
-    for name in _PROMPTS.get(dialect, ()):
+    for name in prompts:
         if (raw := fields.get(name)) is not None and _first(raw) in (_LIST, _OBJECT):
             finder.prompts(raw, name)
     if not finder.roots:
@@ -188,6 +188,9 @@ class _Finder:
     def bare(self, holder: dict[str, Any], name: str, path: Path) -> None:
         if _first(holder[name]) != _LIST:
             return
+        if "prompt_string" in holder and _MARKER_AT_END.search(_text(holder, "prompt_string", path)):
+            # GGML_ASSERT(batch.size() > 0), and the whole process ends (run; llama.cpp #15812).
+            raise _wrong(path, "a prompt must not end with media; add some text behind it")
         items: list[Any] = _decode(_items, holder[name], path)
         holder[name] = items
         for index, item in enumerate(items):

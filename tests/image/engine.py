@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -30,13 +31,13 @@ class Engine:
     def __init__(self, cache: Path = CACHE) -> None:
         missing = [tool for tool in TOOLS if shutil.which(tool) is None]
         assert not missing, f"missing: {', '.join(missing)}; ./scripts/test installs them"
-        assert os.geteuid() == 0, (
-            "containers are run as root here; leave these tests out by: ./scripts/test -m 'not image'"
-        )
+        assert os.geteuid() == 0, "containers need root here; leave them out by: ./scripts/test -m 'not image'"
         self.cache = cache
         self._temporary = cache / "tmp"
         self._temporary.mkdir(parents=True, exist_ok=True)
-        self._storage = ("--root", str(cache / "storage"), "--runroot", "/run/corral-tests")
+        # A storage knows its own path, so one that was moved is worthless.
+        here = hashlib.sha256(bytes(cache)).hexdigest()[:8]
+        self._storage = ("--root", str(cache / f"storage-{here}"), "--runroot", f"/run/corral-tests/{here}")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -133,7 +134,7 @@ def running_container(
     variables: Mapping[str, str] | None = None,
     ready: bool = True,
 ) -> Iterator[Container]:
-    """A container on this machine's network with further flags of `podman run`; one key, USER, unless API_KEY says otherwise.
+    """A container on this machine's network, with further flags of `podman run`; USER is its key unless told otherwise.
 
     It is gone afterwards, with its anonymous volumes.
     """

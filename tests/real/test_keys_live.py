@@ -169,7 +169,7 @@ def test_a_limit_of_its_own(keyed: Gateway) -> None:
 
 def test_a_bad_line_takes_nobody_down_and_is_reported_without_its_text(keyed: Gateway) -> None:
     bad = LINES.index("broken") + 3
-    assert f"line {bad}: " in keyed.stderr
+    eventually(lambda: f"line {bad}: " in keyed.stderr)
     reply = keyed.request("POST", "/reload", key=ADMIN).json()["keys"]
     assert reply["loaded"] == len(LINES) - 1 + 2
     assert [f"line {bad}: " in problem for problem in reply["problems"]] == [True]
@@ -302,7 +302,7 @@ def test_no_usable_key(tmp_path: Path, chat_model: Path) -> None:
         for key in (None, USER, secret("old")):
             for method, path in (("GET", "/v1/models"), ("POST", CHAT), ("POST", "/reload"), ("GET", "/nothing")):
                 assert gateway.request(method, path, key=key).status == 401, (key, path)
-        assert f"corral keys generate --name me --file {keys_file(gateway)}" in gateway.stderr
+        eventually(lambda: f"corral keys generate --name me --file {keys_file(gateway)}" in gateway.stderr)
         keys_file(gateway).write_text(f"user:{USER}\n")  # as an editor does that keeps the file
         assert changes(gateway, USER, 200) < SEEN_WITHIN
 

@@ -115,9 +115,10 @@ def test_a_waiting_stream_gets_pings_and_then_its_answer(one_slot: Gateway) -> N
             assert (response.status, response.headers["Content-Type"]) == (200, "text/event-stream")
             assert response.readline() == b": ping\n"
             assert response.readline() == b"\n"
-            place_freed = place.pop_all()
-            threading.Thread(target=place_freed.close).start()
+            leaving = threading.Thread(target=place.pop_all().close)
+            leaving.start()
             rest = response.read()
+        leaving.join()
     assert rest.endswith(b"data: [DONE]\n\n")
     events = [event for event in rest.split(b"\n\n") if event and not event.startswith(b":")]
     assert all(event.startswith(b"data: ") for event in events)
