@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,8 +69,8 @@ class _Choices(Assembler):
         if final and "prompt_progress" not in chunk:
             self._choice(self._last).final |= final
 
-    def _take_choice(self, choice: _Choice, told: dict[str, Any]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _take_choice(self, choice: _Choice, told: dict[str, Any]) -> None: ...
 
     def _result(self) -> dict[str, Any]:
         ordered = sorted(self._choices.items())
@@ -86,8 +87,8 @@ class _Choices(Assembler):
             result["timings"] = final["timings"]
         return result
 
-    def _finished(self, index: int, choice: _Choice) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _finished(self, index: int, choice: _Choice) -> dict[str, Any]: ...
 
 
 class Chat(_Choices):
