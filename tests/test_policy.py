@@ -41,8 +41,14 @@ def test_restarts_wait_longer_and_longer_and_then_end(crashes: list[bool], delay
     now = 5000.0
     recent = [Crash(now - len(crashes) + number, was_ready) for number, was_ready in enumerate(crashes)]
     assert restart_delay(recent, now) == delay
-    old = [Crash(now - OLD - number, was_ready) for number in range(9) for was_ready in (SERVED, LOADING)]
+    old = [Crash(now - OLD - number, was_ready) for number in range(9) for was_ready in (LOADING, SERVED)]
     assert restart_delay(old + recent, now) == delay, "what was long ago counts no more"
+
+
+def test_a_load_that_always_fails_is_given_up_however_long_each_one_takes() -> None:
+    slow = [Crash(float(2 * OLD * number), LOADING) for number in range(3)]
+    assert restart_delay(slow[:2], slow[1].at) is not None
+    assert restart_delay(slow, slow[2].at) is None
 
 
 def test_a_crash_counts_up_to_the_end_of_the_window() -> None:

@@ -188,9 +188,19 @@ def test_it_dies_with_the_gateway_however_that_dies() -> None:
 
 def test_the_parent_death_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    assert parent_death_prefix() == ["/usr/bin/setpriv", "--pdeathsig", "KILL", "--"]
+    assert parent_death_prefix()[:4] == ["/usr/bin/setpriv", "--pdeathsig", "KILL", "--"]
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert parent_death_prefix() == []
+
+
+def test_a_child_whose_gateway_is_gone_already_does_not_start(tmp_path: Path) -> None:
+    """Killed between the spawn and the prctl: the shell sees another parent than it was told of."""
+    *_, shell, option, check, _ = parent_death_prefix()
+    command = [shell, option, check, "1", "touch", str(tmp_path / "started")]
+    assert subprocess.run(command, check=False).returncode == 1
+    assert not (tmp_path / "started").exists()
+    assert subprocess.run([*command[:3], str(os.getpid()), *command[4:]], check=False).returncode == 0
+    assert (tmp_path / "started").exists()
 
 
 def test_the_preferred_port_is_taken_if_nobody_has_it() -> None:

@@ -86,6 +86,8 @@ async def infer(request: web.Request) -> web.StreamResponse:
         chunked=request.version >= HttpVersion11,
     )
     connection.splice = splice
+    if connection.writing_paused:  # it pipelines, and has not read the last answer yet
+        splice.pause_writing()
     request[ACCOUNTED] = True
     if call.stream:
         runtime.pinger.add(splice)

@@ -96,6 +96,8 @@ class Owner(ABC):
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
+        if self.state is not ModelState.FAILED:
+            self._set(ModelState.OFF, pid=None, load_progress=None)
 
     async def wait_ready(self, deadline: float) -> Backend:
         """Wait for the load that all who wait share."""

@@ -27,7 +27,7 @@ def restart_delay(crashes: Sequence[Crash], now: float) -> float | None:
     """
     recent = [crash for crash in crashes if now - crash.at <= CRASH_WINDOW_SECONDS]
     in_a_row = 0
-    for crash in reversed(recent):
+    for crash in reversed(crashes):  # however long each load took
         if crash.was_ready:
             break
         in_a_row += 1

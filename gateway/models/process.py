@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 KILL_AFTER_SECONDS = 10.0
+OUTPUT_SECONDS = 1.0  # for the last lines of a process that has ended
 _TAIL_LINES = 40
 
 
@@ -28,6 +29,7 @@ class Process(asyncio.SubprocessProtocol):
         self._partial = b""
         self._transport: asyncio.SubprocessTransport | None = None
         self._exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._ended = asyncio.Event()  # exited, and all of its output is read
 
     @classmethod
     async def spawn(
@@ -79,13 +81,23 @@ class Process(asyncio.SubprocessProtocol):
             self._signal(signal.SIGTERM)
         try:
             async with asyncio.timeout(kill_after):
-                return await self.wait()
+                status = await self.wait()
         except TimeoutError:
             self.kill()
-            return await self.wait()
+            status = await self.wait()
         except asyncio.CancelledError:
             self.kill()
             raise
+        await self._put_away()
+        return status
+
+    async def _put_away(self) -> None:
+        """Read its last output and close the transport; a grandchild that holds the pipe open is not waited for."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(OUTPUT_SECONDS):
+                await self._ended.wait()
+        if self._transport is not None:
+            self._transport.close()
 
     def kill(self) -> None:
         if self.running:
@@ -93,15 +105,17 @@ class Process(asyncio.SubprocessProtocol):
 
     def explain(self, status: int) -> str:
         """One sentence about an exit, with the line of output that most likely says why."""
+        how = f"llama-server exited with status {status}"
         if status < 0:
-            how = f"llama-server was ended by {signal.Signals(-status).name}"
-            how += " (out of memory?)" if status == -signal.SIGKILL else ""
-        else:
-            how = f"llama-server exited with status {status}"
+            how = f"llama-server was ended by {_signal_name(-status)}"
+        if status == -signal.SIGKILL:
+            return f"{how} (out of memory?)"
         lines = [line.strip() for line in self.last_lines if line.strip()]
-        telling = [line for line in lines if any(word in line.lower() for word in ("error", "failed", "abort"))]
-        why = (telling or lines or [""])[0 if telling else -1]
-        return f"{how}: {why[:300]}" if why and status >= 0 else how
+        telling = [
+            line for line in lines if any(word in line.lower() for word in ("error", "failed", "abort", "assert"))
+        ]
+        why = telling[0] if telling else lines[-1] if lines and status >= 0 else ""
+        return f"{how}: {why[:300]}" if why else how
 
     # --- asyncio's side
 
@@ -113,6 +127,9 @@ class Process(asyncio.SubprocessProtocol):
         lines = (self._partial + data).split(b"\n")
         self._partial = lines.pop()[-4096:]
         self._tail.extend(line.decode(errors="replace") for line in lines[-_TAIL_LINES:])
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._ended.set()
 
     def process_exited(self) -> None:
         assert self._transport is not None
@@ -128,9 +145,23 @@ class Process(asyncio.SubprocessProtocol):
 
 
 def parent_death_prefix() -> list[str]:
-    """The command that makes the kernel end the child when the gateway is killed; empty where there is none."""
+    """The command that makes the kernel end the child when the gateway is killed; empty where there is none.
+
+    The shell looks whether the gateway still lives, for it may have been killed before setpriv had spoken; then it
+    becomes the command itself.
+    """
     setpriv = shutil.which("setpriv")
-    return [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
+    if setpriv is None:
+        return []
+    check = '[ "$PPID" = "$0" ] || exit 1; exec "$@"'
+    return [setpriv, "--pdeathsig", "KILL", "--", "/bin/sh", "-c", check, str(os.getpid())]
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 def free_port(preferred: int | None = None) -> int:

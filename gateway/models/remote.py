@@ -23,6 +23,7 @@ class RemoteOwner(Owner):
         super().__init__(spec, board, events)
         assert spec.url is not None
         self._server = connect(spec.url)
+        self._shown = spec.url.partition("://")[0] + "://" + spec.url.partition("://")[2].rpartition("@")[2]
 
     @property
     def server(self) -> Backend:
@@ -45,7 +46,7 @@ class RemoteOwner(Owner):
             healthy = await self._healthy()
             if healthy and self.backend is None:
                 await self._ready(self._server)
-                self._events.emit("model.loaded", f"{self.spec.id} answers at {self.spec.url}", model=self.spec.id)
+                self._events.emit("model.loaded", f"{self.spec.id} answers at {self._shown}", model=self.spec.id)
             elif not healthy and self.backend is not None:
                 self._gone()
             self._wake.clear()
@@ -57,7 +58,7 @@ class RemoteOwner(Owner):
 
     def _gone(self) -> None:
         self._not_ready()
-        message = f"no healthy llama-server at {self.spec.url}"
+        message = f"no healthy llama-server at {self._shown}"
         self._set(ModelState.CRASHED, error_message=message)
         self._events.emit("model.crashed", f"{self.spec.id}: {message}", logging.WARNING, model=self.spec.id)
         self._wake.set()

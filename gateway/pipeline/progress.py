@@ -39,6 +39,9 @@ class ProgressFilter:
         """What of `payload` is for the client."""
         data = self._held + payload
         self._held = b""
+        if b"\r\n" in data:  # not llama-server's own way to write events: it knows nothing of progress either
+            self.over = True
+            return data
         while (end := data.find(b"\n\n")) >= 0:
             if data.find(_MARK, 0, end) < 0:
                 self.over = True
