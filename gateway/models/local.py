@@ -265,4 +265,9 @@ class LocalOwner(Owner):
 
 
 def usable_cores() -> int:
-    return len(os.sched_getaffinity(0))
+    """What the scheduler and a container's CPU quota (cgroup v2) let us have."""
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))  # "max" is no number
+    return cores
