@@ -129,7 +129,7 @@ class TestShutdown:
             assert not clean
             assert b'"code":"shutting_down"' in received[-400:]
             assert gateway.process.wait(20) == 0
-            assert time.monotonic() - begun < 10
+            assert time.monotonic() - begun < 14, "the grace, 10 s until llama-server gets SIGKILL, and a moment"
             assert not alive(child)
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
