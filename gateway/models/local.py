@@ -159,11 +159,9 @@ class LocalOwner(Owner):
             self._not_ready()
             busy = backend.in_use
             backend.close()  # before the signal: an open stream makes llama-server hang on SIGTERM
-            if busy and process.running:
-                await asyncio.sleep(NOTICE_SECONDS)
             if process.running and self._closing:
                 self._set(ModelState.STOPPING)
-            await process.stop()
+            await process.stop(notice=NOTICE_SECONDS if busy else 0.0)
             self._process = None
 
     async def _fetch(self) -> Path:
