@@ -34,7 +34,6 @@ log = logging.getLogger("corral.models")
 MOST_SLOTS = 4  # unless PARALLEL says otherwise
 CACHE_RAM_MB = 1024  # llama-server's own default is 8 GiB, which no estimate would show
 MOST_BATCH = 8192  # tokens of a text to embed; the memory for it grows with it
-NOTICE_SECONDS = 0.1  # for llama-server to see that the connections of its streams are closed
 LOAD_SECONDS = 1800.0  # a server that is not ready by then will not be
 _FIRST_POLL_SECONDS, _SLOWEST_POLL_SECONDS = 0.01, 0.25
 _MIB = 1024 * 1024
@@ -157,11 +156,10 @@ class LocalOwner(Owner):
             return True, process.explain(await process.wait())
         finally:
             self._not_ready()
-            busy = backend.in_use
             backend.close()  # before the signal: an open stream makes llama-server hang on SIGTERM
             if process.running and self._closing:
                 self._set(ModelState.STOPPING)
-            await process.stop(notice=NOTICE_SECONDS if busy else 0.0)
+            await process.stop()
             self._process = None
 
     async def _fetch(self) -> Path:

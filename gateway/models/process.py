@@ -75,15 +75,11 @@ class Process(asyncio.SubprocessProtocol):
         """The exit status; negative for a signal."""
         return await asyncio.shield(self._exited)
 
-    async def stop(self, kill_after: float = KILL_AFTER_SECONDS, notice: float = 0.0) -> int:
-        """After `notice` seconds SIGTERM, and `kill_after` seconds later SIGKILL to the whole group.
-
-        If cancelled, it kills at once.
-        """
+    async def stop(self, kill_after: float = KILL_AFTER_SECONDS) -> int:
+        """SIGTERM, and SIGKILL to the whole group after `kill_after` seconds. If cancelled, it kills at once."""
+        if self.running:
+            self._signal(signal.SIGTERM)
         try:
-            if self.running:
-                await asyncio.sleep(notice)
-                self._signal(signal.SIGTERM)
             async with asyncio.timeout(kill_after):
                 status = await self.wait()
         except TimeoutError:
