@@ -8,6 +8,7 @@ import re
 from gateway.errors import (
     BackendError,
     BackendReply,
+    BadRequest,
     ContextLengthExceeded,
     CorralError,
     ModelLoading,
@@ -17,7 +18,7 @@ from gateway.errors import (
 # Seen on build 11669: bad input that llama-server reports as its own failure, status 500.
 _BAD_INPUT = re.compile(
     r"image|audio|mmproj|multimodal|role|content|message|template|json\.exception|tool|schema|grammar|parse|invalid"
-    r"|unsupported|must be|expected|missing|range_check",
+    r"|unsupported|unknown|must be|expected|missing|range_check",
     re.IGNORECASE,
 )
 _TOO_LARGE = re.compile(r"too large to process")  # an embedding's input, status 500 as well
@@ -29,6 +30,8 @@ def translate_error(status: int, body: bytes) -> CorralError:
         error = json.loads(body)["error"]
         message, kind = str(error["message"]), str(error.get("type", ""))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        if status in (400, 413, 414, 415, 416, 431):  # its HTTP library refuses, in words of its own or none
+            return BadRequest(f"llama-server could not read the request (status {status})")
         return BackendError(f"llama-server answered {status} with a body that is not its error format")
     if kind == "exceed_context_size_error" or _TOO_LARGE.search(message):
         return ContextLengthExceeded(message)

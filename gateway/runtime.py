@@ -49,6 +49,7 @@ class Runtime:
     keys: KeyRing
     manager: Manager
     queues: dict[str, Queue]
+    budget: ByteBudget
     accounts: Accounts
     spine: Spine
     pinger: Pinger
@@ -107,7 +108,7 @@ async def open_runtime(settings: Settings, logs: LogWriter) -> AsyncIterator[Run
         spine = Spine(settings, manager, queues, RequestLimits(loop.time), accounts)
         pinger = Pinger(settings.sse_ping_seconds)
         runtime = Runtime(
-            settings, logs, board, events, metrics, keys, manager, queues, accounts, spine, pinger, ticks=[]
+            settings, logs, board, events, metrics, keys, manager, queues, budget, accounts, spine, pinger, ticks=[]
         )
         runtime.ticks += [pinger.tick, runtime.manager.sweep, lambda _: metrics.log_errors.set(logs.errors)]
         _connect(runtime)

@@ -26,11 +26,22 @@ class Ticket:
 
 
 class ByteBudget:
-    """Bounds the bodies held by all waiting requests of all models."""
+    """Bounds the bodies held by all requests that wait, at all models, and by those that are being read."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.held = 0
+
+    def hold(self, size: int) -> None:
+        """Raises QueueFull."""
+        if self.held + size > self.limit:
+            raise QueueFull(
+                f"requests hold {self.held} bytes already; MAX_QUEUED_BYTES allows {self.limit}", retry_after=5
+            )
+        self.held += size
+
+    def release(self, size: int) -> None:
+        self.held -= size
 
 
 class _Waiter:

@@ -7,6 +7,7 @@ import logging
 
 from aiohttp import HttpVersion11, web
 
+from gateway.admission.queue import ByteBudget
 from gateway.errors import (
     BadRequest,
     ClientTimeout,
@@ -67,7 +68,7 @@ async def infer(request: web.Request) -> web.StreamResponse:
     runtime = request.app[RUNTIME]
     connection, transport = request.protocol, request.transport
     assert isinstance(connection, ClientConnection)
-    call = make_call(request, await read_body(request, runtime.settings))
+    call = make_call(request, await read_body(request, runtime.settings, runtime.budget))
     if transport is None:
         raise ConnectionResetError("the client has left")
     keep_alive = request.keep_alive and request.version >= HttpVersion11
@@ -145,9 +146,7 @@ def make_call(request: web.Request, body: bytes) -> Call:
         size=len(body),
     )
     if route.dialect is Dialect.TRANSCRIPTIONS:
-        if request.content_type != "multipart/form-data":
-            raise UnsupportedMediaType("audio is sent as multipart/form-data")
-        call.raw, call.content_type = body, request.headers["Content-Type"]
+        call.raw, call.content_type = body, form_type(request)
         return call
     if "Content-Type" in request.headers and not _is_json(request.content_type):
         raise UnsupportedMediaType(f"Content-Type is {request.content_type}: send application/json")
@@ -158,6 +157,16 @@ def make_call(request: web.Request, body: bytes) -> Call:
     call.priority = priority(request.headers.get("X-Request-Priority"))
     call.max_wait = max_wait(request.headers.get("X-Request-Timeout"))
     return call
+
+
+def form_type(request: web.Request) -> str:
+    """The Content-Type of a form, for llama-server. Raises UnsupportedMediaType, BadRequest."""
+    kind = request.headers.get("Content-Type", "")
+    if request.content_type != "multipart/form-data":
+        raise UnsupportedMediaType("audio is sent as multipart/form-data")
+    if not kind.isascii() or "boundary=" not in kind.lower():
+        raise BadRequest("Content-Type names no boundary, so the form cannot be read")
+    return kind
 
 
 def priority(text: str | None) -> str:
@@ -184,8 +193,11 @@ async def expected(request: web.Request) -> None:
     """`Expect: 100-continue` waits for `read_body`: a refusal comes before the body. Other wishes are ignored."""
 
 
-async def read_body(request: web.Request, settings: Settings) -> bytes:
-    """The whole body within CLIENT_BODY_TIMEOUT. Raises PayloadTooLarge, ClientTimeout, UnsupportedMediaType."""
+async def read_body(request: web.Request, settings: Settings, budget: ByteBudget) -> bytes:
+    """The whole body within CLIENT_BODY_TIMEOUT; what has come of it counts on MAX_QUEUED_BYTES until then.
+
+    Raises BadRequest, ClientTimeout, PayloadTooLarge, QueueFull, UnsupportedMediaType.
+    """
     encoding = request.headers.get("Content-Encoding", "identity")
     if encoding.lower() != "identity":
         raise UnsupportedMediaType(f"Content-Encoding is {encoding[:40]}: send the body as it is")
@@ -200,12 +212,15 @@ async def read_body(request: web.Request, settings: Settings) -> bytes:
     try:
         async with asyncio.timeout(settings.client_body_timeout):
             while part := await content.readany():
-                parts.append(part)
-                size += len(part)
-                if size > bound:
+                if size + len(part) > bound:
                     raise PayloadTooLarge(f"the body is larger than the {bound} bytes of MAX_REQUEST_BODY_SIZE")
+                budget.hold(len(part))
+                size += len(part)
+                parts.append(part)
     except TimeoutError:
         raise ClientTimeout(f"the request's body was not complete within {settings.client_body_timeout:g} s") from None
+    finally:
+        budget.release(size)
     return b"".join(parts)
 
 

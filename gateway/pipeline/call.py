@@ -90,22 +90,29 @@ def take_stream(fields: Fields) -> bool:
 
 def take_places(fields: Fields) -> int:
     """How many slots it takes: one for each of `n` answers to each of its prompts."""
+    prompts = count_prompts(fields["prompt"], "prompt") if "prompt" in fields else 1
     for name in ("n_cmpl", "n"):  # llama-server lets the first one override the other
         n = typed_field(fields, name, int, "a whole number")
         if n is None:
             continue
         if not 1 <= n <= 128:
             raise BadRequest(f"{name} is {n}: must be from 1 to 128", param=name)
-        return n * _prompts(fields)
-    return _prompts(fields)
+        return n * prompts
+    return prompts
 
 
-def _prompts(fields: Fields) -> int:
-    """A list is one prompt if there is a token among its items; else each item is a prompt of its own."""
-    prompt = bytes(fields.get("prompt", b""))
+def count_prompts(raw: msgspec.Raw, name: str) -> int:
+    """A list is one prompt if there is a token among its items; else each item is a prompt of its own.
+
+    Raises BadRequest.
+    """
+    prompt = bytes(raw)
     if not prompt.startswith(b"[") or _TOKENS.match(prompt):
         return 1
-    items = msgspec.json.decode(prompt, type=list[msgspec.Raw])
+    try:
+        items = msgspec.json.decode(prompt, type=list[msgspec.Raw])
+    except msgspec.DecodeError as error:
+        raise BadRequest(f"{name} cannot be read: {error}", param=name) from None
     return 1 if any(_NUMBER.match(bytes(item)) for item in items) else max(1, len(items))
 
 

@@ -9,7 +9,7 @@ import msgspec
 
 from gateway.errors import BadRequest, GrammarNotFound
 from gateway.pipeline.bounds import check_grammar, check_schema
-from gateway.pipeline.call import Call, Fields, typed_field
+from gateway.pipeline.call import Call, Fields, count_prompts, typed_field
 from gateway.pipeline.dialects import Dialect
 
 # Another client's slot, adapters of the whole server, an answer kept after its client left, pings of its own.
@@ -28,23 +28,60 @@ _BOUNDS: dict[Dialect, tuple[str, ...]] = {
 _COMPILED = ("json_schema", "response_format", "tools", "functions", "text", "output_config", "output_format")
 _WITH_MESSAGES = frozenset({Dialect.CHAT, Dialect.MESSAGES, Dialect.APPLY_TEMPLATE, Dialect.COUNT_TOKENS})
 
+# Lists of more items than this keep llama-server busy for longer than anybody waits. Seen on build 11669: 100,000
+# prompts: 9 GB, and nothing for others after 60 s; 250,000 messages: 60 s of a core, 2 GB; an object of 50,000 biases:
+# 15 s; 3,000,000 letters of samplers: 17 s of nothing for others; 1,000,000 sequence breakers: more than 60 s.
+_ITEMS = {
+    "messages": 8192,
+    "input": 8192,  # of /v1/responses; what is embedded or ranked is bounded below
+    "logit_bias": 4096,
+    "samplers": 64,
+    "dry_sequence_breakers": 64,
+    "preserved_tokens": 1024,
+    "response_fields": 1024,
+    "input_extra": 1024,
+}
+MAX_PROMPTS = 2048  # or texts, in one request
+_TEXTS = {
+    Dialect.EMBEDDINGS: ("input", "content"),
+    Dialect.RERANK: ("documents", "texts"),
+    Dialect.COMPLETIONS: ("prompt",),
+    Dialect.NATIVE: ("prompt",),
+}
+# How far back penalties look. llama-server allocates that much: 2147483647 took 10 GB and 22 GB, and hung it.
+_WINDOWS = ("repeat_last_n", "dry_penalty_last_n")
+MAX_WINDOW = 1 << 18
+
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1024
 MAX_PROBABILITIES = 100  # of each token; each one costs a pass over the vocabulary's best
 
+
+class _Format(msgspec.Struct):
+    """A response_format, as far as it must be right for a schema to be used at all."""
+
+    type: str | None = None
+    json_schema: dict[str, msgspec.Raw] | None = None
+
+
+_format = msgspec.json.Decoder(_Format | None)
 _messages = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
+_list = msgspec.json.Decoder(list[msgspec.Raw])
+_object = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _strings = msgspec.json.Decoder(list[str] | str | None)
 
 
 def shielded(call: Call) -> Fields:
     """The fields that may be forwarded. Raises BadRequest, GrammarNotFound."""
     fields = {name: value for name, value in call.fields.items() if name not in _REMOVED}
+    _check_lists(fields, call.route.dialect)
     if call.route.dialect in _WITH_MESSAGES:
         _check_messages(fields)
     if call.route.dialect.generates:
         _check_stops(fields)
         _check_probabilities(fields)
         _check_compiled(fields)
+        _bound_windows(fields)
         for name in _BOUNDS[call.route.dialect]:
             _token_bound(fields, name)
     return fields
@@ -72,6 +109,35 @@ def _token_bound(fields: Fields, name: str) -> int | None:
     if value is not None and value < 0:
         raise BadRequest(f"{name} is {value}: must be a whole number of at least 0", param=name)
     return value
+
+
+def _check_lists(fields: Fields, dialect: Dialect) -> None:
+    for name, most in _ITEMS.items():
+        if name in fields and dialect is not Dialect.EMBEDDINGS and _items(fields[name], name) > most:
+            raise BadRequest(f"{name} may hold {most} items at most", param=name)
+    for name in _TEXTS.get(dialect, ()):
+        if name in fields and count_prompts(fields[name], name) > MAX_PROMPTS:
+            raise BadRequest(f"{name} may hold {MAX_PROMPTS} texts at most", param=name)
+
+
+def _items(raw: msgspec.Raw, name: str) -> int:
+    """Of a list or an object; of samplers, which may be a text with a letter for each, its length."""
+    first = bytes(raw)[:1]
+    try:
+        if first == b"[":
+            return len(_list.decode(raw))
+        if first == b"{":
+            return len(_object.decode(raw))
+    except msgspec.DecodeError as error:
+        raise BadRequest(f"{name} cannot be read: {error}", param=name) from None
+    return len(bytes(raw)) if name == "samplers" else 0
+
+
+def _bound_windows(fields: Fields) -> None:
+    for name in _WINDOWS:
+        value = typed_field(fields, name, int, "a whole number")
+        if value is not None and value > MAX_WINDOW:
+            fields[name] = msgspec.Raw(str(MAX_WINDOW).encode())
 
 
 def _check_messages(fields: Fields) -> None:
@@ -123,3 +189,13 @@ def _check_compiled(fields: Fields) -> None:
         raw = fields.get(name)
         if raw is not None and len(bytes(raw)) > 2:
             check_schema(bytes(raw), name)
+    if "response_format" in fields:
+        _check_format(fields["response_format"])
+
+
+def _check_format(raw: msgspec.Raw) -> None:
+    """A schema that is none makes llama-server answer without any, as if none had been asked for (llama.cpp #19051)."""
+    try:
+        _format.decode(raw)
+    except msgspec.ValidationError as error:
+        raise BadRequest(f"response_format cannot be read: {error}", param="response_format") from None

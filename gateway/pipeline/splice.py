@@ -201,7 +201,8 @@ class Splice:
         if data:
             self.begun = True
             self.quiet = 0
-            self._transport.write(data)
+            if not self._transport.is_closing():  # reset by the client: uvloop raises, and takes the wrong side down
+                self._transport.write(data)
 
 
 _STREAM_HEADERS: Headers = [("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no")]

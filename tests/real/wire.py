@@ -35,6 +35,12 @@ class Wire:
     def __init__(self, sock: socket.socket) -> None:
         self._socket, self._file = sock, sock.makefile("rb")
 
+    def __enter__(self) -> Wire:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
     def send(self, *requests: bytes) -> None:
         self._socket.sendall(b"".join(requests))
 
@@ -83,8 +89,7 @@ class Wire:
 @contextlib.contextmanager
 def wire(gateway: Gateway) -> Iterator[Wire]:
     with socket.create_connection(("127.0.0.1", gateway.port), timeout=SECONDS) as sock:
-        opened = Wire(sock)
-        with opened._file:
+        with Wire(sock) as opened:
             yield opened
 
 

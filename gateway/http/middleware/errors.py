@@ -50,8 +50,8 @@ def render(request: web.Request, error: CorralError) -> web.Response:
         kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
         body = {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": request[REQUEST_ID]}
     response = web.json_response(body, status=error.status, headers=error.headers())
-    if error.status in (408, 413):
-        response.force_close()  # the rest of the body is not worth reading
+    if error.status in (408, 413) or request.content.exception() is not None:
+        response.force_close()  # the rest of the body is not worth reading, or cannot be read
     return response
 
 
