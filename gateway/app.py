@@ -10,8 +10,9 @@ from collections.abc import AsyncIterator
 from aiohttp import web
 
 from gateway.errors import ConfigError
-from gateway.http import admin, models, ops
+from gateway.http import admin, models, ops, status
 from gateway.http.context import RUNTIME, on_prepare
+from gateway.http.hot import HotRoutes
 from gateway.http.inference import ROUTES, expected, infer
 from gateway.http.middleware.auth import SCOPE_OF, auth
 from gateway.http.middleware.cors import cors
@@ -32,14 +33,22 @@ TABLE = (
     ("GET", "/metrics", ops.metrics, "metrics"),
     *(("POST", template, infer, "infer") for template in ROUTES),
     ("GET", "/v1/models", models.list_models, "infer"),
-    ("GET", "/v1/models/status", models.all_status, "infer"),
-    ("GET", "/v1/models/failed", models.failed, "infer"),
-    ("GET", "/v1/models/status/{model}", models.one_status, "infer"),
-    ("GET", "/v1/models/{model}/status", models.one_status, "infer"),
+    ("GET", "/v1/models/status", status.all_status, "infer"),
+    ("GET", "/v1/models/status/file", status.status_file, "infer"),
+    ("GET", "/v1/models/status/stream", status.stream, "infer"),
+    ("GET", "/v1/models/status/{model}", status.one_status, "infer"),
+    ("GET", "/v1/models/failed", status.failed, "infer"),
+    ("GET", "/v1/models/{model}/status", status.one_status, "infer"),
     ("GET", "/v1/models/{model}", models.get_model, "infer"),
+    ("GET", "/v1/health/models", status.health_models, "infer"),
+    ("GET", "/v1/queue/stats", status.queue_stats, "infer"),
     ("GET", "/models", models.list_files, "infer"),
-    ("GET", "/status", models.instances, "infer"),
-    ("GET", "/v1/queue/stats", models.queue_stats, "infer"),
+    ("GET", "/status", status.instances, "infer"),
+    ("GET", "/vram", status.vram, "infer"),
+    ("POST", "/v1/models/load", models.load, "admin"),
+    ("POST", "/v1/models/eject", models.eject, "admin"),
+    ("POST", "/v1/models/{model}/reset", models.reset, "admin"),
+    ("POST", "/v1/plan", models.plan, "admin"),
     ("POST", "/reload", admin.reload, "admin"),
     ("GET", "/upstream/{model}/{what}", admin.upstream, "admin"),
 )
@@ -60,6 +69,11 @@ def create_app(runtime: Runtime) -> web.Application:
     return app
 
 
+def hot_routes(app: web.Application) -> HotRoutes:
+    """What is asked for all day: the steps of MIDDLEWARE in the same order, without the rest of aiohttp."""
+    return HotRoutes({RUNTIME: app[RUNTIME]}, ROUTES, infer)
+
+
 @contextlib.asynccontextmanager
 async def listening(runtime: Runtime) -> AsyncIterator[int]:
     """Serve HTTP for as long as the block runs; gives the port. Raises ConfigError where it cannot be had.
@@ -67,14 +81,13 @@ async def listening(runtime: Runtime) -> AsyncIterator[int]:
     Requests that run when the block ends are cancelled: what they hold goes back, and their clients are told.
     """
     settings = runtime.settings
-    runner = web.AppRunner(
-        create_app(runtime), handler_cancellation=True, handle_signals=False, access_log=None, shutdown_timeout=0.1
-    )
+    app = create_app(runtime)
+    runner = web.AppRunner(app, handler_cancellation=True, handle_signals=False, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
     assert runner.server is not None
     try:
         server = await asyncio.get_running_loop().create_server(
-            connection_factory(runner.server, settings), settings.host, settings.port, backlog=BACKLOG
+            connection_factory(runner.server, settings, hot_routes(app)), settings.host, settings.port, backlog=BACKLOG
         )
     except OSError as error:
         await runner.cleanup()

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from gateway.connection import Connection, Reply, State
 from gateway.errors import BackendGone, BackendTimeout
 
-MAX_IDLE_CONNECTIONS = 64
+MAX_IDLE_CONNECTIONS = 256  # there are never more than were in use at once; llama-server closes them soon
 
 
 class Backend:

@@ -7,11 +7,12 @@ payload.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from enum import Enum, auto
 from typing import Protocol, cast
 
 from gateway.errors import BackendError, BackendGone, CorralError
-from gateway.framing import ChunkReader, Framing, body_framing, parse_head
+from gateway.framing import ChunkReader, Framing, read_head
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_JOINED_BYTES = 64 * 1024  # a larger body is not copied to stand in one piece with its head
@@ -77,6 +78,8 @@ class Connection(asyncio.Protocol):
         if self.state is State.BODY:
             if self._sink is None:
                 self._hold(data)
+            elif self._framing is Framing.CHUNKED:
+                self._chunks(data)
             else:
                 self._body(data)
         elif self.state is State.HEAD:
@@ -120,7 +123,8 @@ class Connection(asyncio.Protocol):
             return  # it has failed already, and `done` says how
         self._sink = sink
         held, self._buffer = self._buffer, b""
-        self.resume()
+        if self.paused:
+            self.resume()
         if held or (self._left == 0 and self._framing in (Framing.LENGTH, Framing.NONE)):
             self._body(held)
         if self._lost and self.state is State.BODY:
@@ -166,23 +170,24 @@ class Connection(asyncio.Protocol):
                 return
             head, data = data[:end], data[end + 4 :]
             try:
-                status, headers, keep_alive = parse_head(head)
-                framing, left = body_framing(self._method, status, headers)
+                told = read_head(self._method, head)
             except ValueError as error:
                 self.abort(BackendError(f"llama-server sent a response head that is not HTTP: {error}"))
                 return
-            if status >= 200:
+            if told.status >= 200:
                 break
-        self._framing, self._left, self._lost = framing, left, False
-        self._chunked = ChunkReader()
-        self._keep_alive = keep_alive and framing is not Framing.UNTIL_CLOSE
+        framing = self._framing = told.framing
+        self._left, self._lost = told.length, False
+        if framing is Framing.CHUNKED:
+            self._chunked = ChunkReader()
+        self._keep_alive = told.keep_alive and framing is not Framing.UNTIL_CLOSE
         self._buffer = data
         self.state = State.BODY
         assert self.head is not None
         if self.head.cancelled():
             self.abort()
         else:
-            self.head.set_result(Reply(self, status, headers, framing))
+            self.head.set_result(Reply(self, told.status, told.headers, framing))
 
     def _hold(self, data: bytes) -> None:
         self._buffer += data
@@ -249,7 +254,7 @@ class Reply:
 
     __slots__ = ("_connection", "_done", "framing", "headers", "status")
 
-    def __init__(self, connection: Connection, status: int, headers: dict[str, str], framing: Framing) -> None:
+    def __init__(self, connection: Connection, status: int, headers: Mapping[str, str], framing: Framing) -> None:
         assert connection.done is not None
         self._connection = connection
         self._done = connection.done  # this request's own: the connection itself goes on to others

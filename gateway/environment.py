@@ -17,6 +17,8 @@ from typing import Any
 from gateway.errors import ConfigError
 from gateway.settings import Settings, Variable, variables
 
+_OF_CLIENTS = ("CORRAL_URL", "CORRAL_API_KEY")
+
 
 def load_settings(
     environ: Mapping[str, str] | None = None,
@@ -27,21 +29,38 @@ def load_settings(
 
     Raises ConfigError with one line for each wrong value.
     """
+    settings, problems = read_settings(environ, dotenv, file)
+    if problems:
+        raise ConfigError(problems)
+    return settings
+
+
+def read_settings(
+    environ: Mapping[str, str] | None = None,
+    dotenv: Path | None = Path(".env"),
+    file: Mapping[str, Any] | None = None,
+    origin: str = "",
+) -> tuple[Settings, list[str]]:
+    """The settings, and one line for each wrong value, which counts as not given.
+
+    `file` is a models file's content; lines about it begin with `origin`.
+    """
     real = os.environ if environ is None else environ
     layers = (real, _read_dotenv(dotenv))
     problems: list[str] = []
     warnings: list[str] = []
     values: dict[str, Any] = {}
     for var in variables():
-        text = _lookup(var, layers, warnings)
+        where = ""
         try:
-            if text is not None:
+            if (text := _lookup(var, layers, warnings)) is not None:
                 values[var.name] = _parse(var, text)
             elif file is not None and var.file and (value := _dig(file, var.file)) is not None:
-                if text := _as_text(value).strip():
+                where = origin
+                if text := _as_text(var, value).strip():
                     values[var.name] = _parse(var, text, shown=var.file)
         except ValueError as error:
-            problems.append(str(error))
+            problems.append(f"{where}{error}")
     explicit = frozenset(values)
     _resolve_paths(values)
     if "PORT_HEALTH" not in values and any(map(on_runpod, layers)):
@@ -49,17 +68,29 @@ def load_settings(
     if "PORT_BACKEND" not in values and values.get("PORT") == 8080:
         values["PORT_BACKEND"] = 8081  # Cloud Run and others say PORT=8080; only who names both can be wrong
     settings = Settings(
-        **{name.lower(): value for name, value in values.items()}, warnings=tuple(warnings), explicit=explicit
+        **{name.lower(): value for name, value in values.items()},
+        warnings=tuple(warnings),
+        explicit=explicit,
+        file=file or {},
     )
-    problems += _cross_check(settings)
-    if problems:
-        raise ConfigError(problems)
-    return settings
+    return settings, problems + _cross_check(settings)
 
 
 def child_environment(names: tuple[str, ...], prefixes: tuple[str, ...]) -> dict[str, str]:
     """The part of the process's environment that a child may inherit: exact `names`, and any with one of `prefixes`."""
     return {key: value for key, value in os.environ.items() if key in names or key.startswith(prefixes)}
+
+
+def secret_named(name: str, dotenv: Path | None = Path(".env")) -> str | None:
+    """The key in a variable that a models file names, so that the file itself need not hold it."""
+    return os.environ.get(name, "").strip() or _read_dotenv(dotenv).get(name, "").strip() or None
+
+
+def client_variables(dotenv: Path | None = Path(".env")) -> dict[str, str]:
+    """CORRAL_URL and CORRAL_API_KEY: of the commands that talk to a running gateway, not of the gateway itself."""
+    layers = (os.environ, _read_dotenv(dotenv))
+    found = {name: next(filter(None, (given.get(name, "").strip() for given in layers)), "") for name in _OF_CLIENTS}
+    return {name: value for name, value in found.items() if value}
 
 
 def on_runpod(environ: Mapping[str, str]) -> bool:
@@ -155,10 +186,17 @@ def _dig(tree: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def _as_text(value: Any) -> str:
-    if isinstance(value, list):
-        return ",".join(str(item) for item in value)
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _as_text(var: Variable, value: Any) -> str:
+    """A value of the models file, as a variable would say it. Raises ValueError where its type is wrong."""
+    if isinstance(value, list) and var.kind is tuple and all(isinstance(item, str) for item in value):
+        return ",".join(value)
+    if isinstance(value, bool) and var.kind in (bool, int, float):
+        return str(value).lower()
+    if isinstance(value, str) or (type(value) in (int, float) and var.kind in (int, float)):
+        return str(value)
+    wanted = {bool: "true or false", int: "a number", float: "a number", tuple: "a list of texts"}.get(var.kind, "text")
+    found = {list: "a list", dict: "a section", bool: "true or false", int: "a number", float: "a number"}
+    raise ValueError(f"{var.file}: must be {wanted}, not {found.get(type(value), type(value).__name__)}")
 
 
 def _resolve_paths(values: dict[str, Any]) -> None:

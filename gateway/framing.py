@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum, auto
+from functools import lru_cache
+from types import MappingProxyType
 
 MAX_WHOLE_CHUNK = 64 * 1024  # a larger chunk is passed on in pieces, each framed anew
 MAX_SIZE_LINE = 1024
@@ -14,6 +18,17 @@ class Framing(Enum):
     LENGTH = auto()
     CHUNKED = auto()
     UNTIL_CLOSE = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseHead:
+    """`length` is that of the body in bytes, where its framing is LENGTH."""
+
+    status: int
+    headers: Mapping[str, str]  # lower-case names
+    framing: Framing
+    length: int
+    keep_alive: bool
 
 
 def parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
@@ -40,7 +55,7 @@ def parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
     return int(code), headers, keep_alive
 
 
-def body_framing(method: str, status: int, headers: dict[str, str]) -> tuple[Framing, int]:
+def body_framing(method: str, status: int, headers: Mapping[str, str]) -> tuple[Framing, int]:
     """How a response's body ends (RFC 9112, section 6.3), and its length where that is known.
 
     Raises ValueError.
@@ -63,12 +78,33 @@ def frame(payload: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(payload), payload)
 
 
+@lru_cache(maxsize=256)
+def read_head(method: str, head: bytes) -> ResponseHead:
+    """Raises ValueError. Remembered, because llama-server's heads differ in nothing but a length."""
+    status, headers, keep_alive = parse_head(head)
+    framing, length = body_framing(method, status, headers)
+    return ResponseHead(status, MappingProxyType(headers), framing, length, keep_alive)
+
+
 def chunk_size(line: bytes) -> int:
     """Raises ValueError; extensions behind `;` are ignored."""
     digits = line.partition(b";")[0].strip() if b";" in line else line
     if not digits.isalnum() or len(digits) > 15 or b"x" in digits or b"X" in digits:
         raise ValueError(f"size {line[:20]!r}")
     return int(digits, 16)
+
+
+def whole_chunk(data: bytes) -> int:
+    """Where the payload begins if `data` is exactly one chunk, as llama-server writes one for each token; else 0."""
+    begin = 4 if data[2:4] == b"\r\n" else data.find(b"\r\n", 1, 8) + 2
+    size = len(data) - begin - 2
+    if not (1 < begin and 0 < size and data.endswith(b"\r\n")):
+        return 0
+    line = _SIZE_LINES[size] if size < len(_SIZE_LINES) else b"%x\r\n" % size
+    return begin if data.startswith(line) else 0
+
+
+_SIZE_LINES = [b"%x\r\n" % size for size in range(1024)]
 
 
 class ChunkReader:
@@ -90,6 +126,11 @@ class ChunkReader:
 
         Raises ValueError where this is not chunked framing.
         """
+        if not (self._rest or self._left or self._line_end) and (begin := whole_chunk(data)):
+            return data, data[begin:-2], False
+        return self._follow(data)
+
+    def _follow(self, data: bytes) -> tuple[bytes, bytes, bool]:
         if self._rest:
             data, self._rest = self._rest + data, b""
         raw: list[bytes] = []

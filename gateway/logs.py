@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -129,7 +130,7 @@ class LogWriter(threading.Thread):
             ended = None in batch
             lines = [self._line(entry) for entry in batch if isinstance(entry, logging.LogRecord)]
             if lines:
-                text = "".join(lines)
+                text = self.mask("".join(lines))
                 with contextlib.suppress(OSError, ValueError):
                     sys.stderr.write(text)
                     sys.stderr.flush()
@@ -152,7 +153,7 @@ class LogWriter(threading.Thread):
 
     def _line(self, record: logging.LogRecord) -> str:
         try:
-            return self.mask(self.format(record)) + "\n"
+            return self.format(record) + "\n"
         except Exception as error:  # one bad call must not end the log of all others
             where = f"{record.pathname}:{record.lineno}"
             return f"{_stamp(record.created)} ERROR   {where}: this entry cannot be formatted: {type(error).__name__}\n"
@@ -165,7 +166,7 @@ class LogWriter(threading.Thread):
         for secret in self._secrets:
             if secret in text:
                 text = text.replace(secret, "***")
-        return _SECRET.sub("***", text)
+        return _SECRET.sub("***", text) if "sk-" in text or "Bearer " in text else text
 
     def format(self, record: logging.LogRecord) -> str:
         message = record.getMessage()
@@ -188,6 +189,11 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._writer.put(record)
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Without logging's lock and filters: the queue behind it needs neither."""
+        self._writer.put(record)
+        return True
 
 
 @contextlib.contextmanager
@@ -214,7 +220,12 @@ def log_folder(data_dir: Path, log_name: str, worker_type: str | None) -> Path:
 
 
 def _stamp(created: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(created)) + f".{int(created % 1 * 1000):03d}Z"
+    return f"{_second(int(created))}.{int(created % 1 * 1000):03d}Z"
+
+
+@lru_cache(maxsize=4)
+def _second(created: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(created))
 
 
 def _one_line(text: str) -> str:

@@ -1,14 +1,18 @@
-"""The Prometheus metrics, declared once. Children are bound on first use, so that a request pays for no look-up."""
+"""The Prometheus metrics, declared once. What each request touches is a plain number, read when somebody scrapes."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.exposition import generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from gateway import __version__
 
@@ -16,6 +20,93 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Count:
+    """One series of a counter."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def inc(self, amount: float = 1) -> None:
+        self.value += amount
+
+
+class Spread:
+    """One series of a histogram; `bounds` are the buckets' upper ends, inclusive."""
+
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, amount: float) -> None:
+        self.counts[bisect_left(self.bounds, amount)] += 1
+        self.sum += amount
+
+
+class Counter(Collector):
+    """prometheus_client's takes a lock and eight calls for each step; only the loop's thread counts here."""
+
+    def __init__(self, name: str, help: str, labels: Iterable[str], registry: CollectorRegistry) -> None:
+        self._name, self._help, self._labelnames = name, help, tuple(labels)
+        self._series: dict[tuple[str, ...], Count] = {}
+        if not self._labelnames:
+            self.labels()
+        registry.register(self)
+
+    def labels(self, *values: str) -> Count:
+        """To be kept by whoever counts often."""
+        found = self._series.get(values)
+        if found is None:
+            assert len(values) == len(self._labelnames)
+            found = self._series[values] = Count()
+        return found
+
+    def inc(self, amount: float = 1) -> None:
+        self.labels().inc(amount)
+
+    def collect(self) -> Iterable[Metric]:
+        family = CounterMetricFamily(self._name, self._help, labels=self._labelnames)
+        for values, count in self._series.items():
+            family.add_metric(values, count.value)
+        yield family
+
+
+class Histogram(Collector):
+    """As `Counter`: a step is one search in a tuple."""
+
+    def __init__(
+        self, name: str, help: str, labels: Iterable[str], buckets: tuple[float, ...], registry: CollectorRegistry
+    ) -> None:
+        self._name, self._help, self._labelnames = name, help, tuple(labels)
+        self._bounds = tuple(map(float, buckets))
+        self._series: dict[tuple[str, ...], Spread] = {}
+        if not self._labelnames:
+            self.labels()
+        registry.register(self)
+
+    def labels(self, *values: str) -> Spread:
+        """To be kept by whoever observes often."""
+        found = self._series.get(values)
+        if found is None:
+            assert len(values) == len(self._labelnames)
+            found = self._series[values] = Spread(self._bounds)
+        return found
+
+    def observe(self, amount: float) -> None:
+        self.labels().observe(amount)
+
+    def collect(self) -> Iterable[Metric]:
+        family = HistogramMetricFamily(self._name, self._help, labels=self._labelnames)
+        ends = [*map(str, self._bounds), "+Inf"]
+        for values, spread in self._series.items():
+            family.add_metric(values, list(zip(ends, accumulate(spread.counts), strict=True)), spread.sum)
+        yield family
 
 
 class Metrics:
@@ -35,10 +126,8 @@ class Metrics:
             "time_per_output_token_seconds", "Mean time between tokens of a stream", "model", buckets=_SHORT
         )
         self.tokens = self._counter("tokens", "Tokens, by direction (in, out, cached)", "direction", "model")
-        self.key_requests = Counter("gateway_key_requests", "Requests by key", ("key",), registry=self.key_registry)
-        self.key_tokens = Counter(
-            "gateway_key_tokens", "Tokens by key", ("key", "direction"), registry=self.key_registry
-        )
+        self.key_requests = Counter("gateway_key_requests", "Requests by key", ("key",), self.key_registry)
+        self.key_tokens = Counter("gateway_key_tokens", "Tokens by key", ("key", "direction"), self.key_registry)
         self.queue_depth = self._gauge("queue_depth", "Requests waiting for a place", "model")
         self.queue_wait = self._histogram("queue_wait_seconds", "Wait for a place", "model")
         self.queue_rejections = self._counter("queue_rejections", "Requests that got no place", "reason")
@@ -61,24 +150,19 @@ class Metrics:
         self.uptime = self._gauge("uptime_seconds", "Since the start of the gateway")
         self.uptime.set_function(lambda: time.monotonic() - self.started)
         self._gauge("build_info", "Always 1", "version").labels(__version__).set(1)
-        self._bound: dict[tuple[str, str, str, str], Counter] = {}
 
     def _counter(self, name: str, help: str, *labels: str) -> Counter:
-        return Counter(f"gateway_{name}", help, labels, registry=self.registry)
+        return Counter(f"gateway_{name}", help, labels, self.registry)
 
     def _gauge(self, name: str, help: str, *labels: str) -> Gauge:
         return Gauge(f"gateway_{name}", help, labels, registry=self.registry)
 
     def _histogram(self, name: str, help: str, *labels: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
-        return Histogram(f"gateway_{name}", help, labels, registry=self.registry, buckets=buckets)
+        return Histogram(f"gateway_{name}", help, labels, buckets, self.registry)
 
     def count_request(self, path: str, method: str, status: int, model: str) -> None:
         """`path` is a route's template and `model` a configured id or empty: clients cannot make new series."""
-        key = (path, method, str(status), model)
-        child = self._bound.get(key)
-        if child is None:
-            child = self._bound[key] = self.requests.labels(*key)
-        child.inc()
+        self.requests.labels(path, method, str(status), model).inc()
 
     def render(self, *, with_keys: bool) -> bytes:
         """Prometheus text; counters by key only where the endpoint itself needs a key."""

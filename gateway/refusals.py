@@ -33,6 +33,10 @@ def translate_error(status: int, body: bytes) -> CorralError:
         if status in (400, 413, 414, 415, 416, 431):  # its HTTP library refuses, in words of its own or none
             return BadRequest(f"llama-server could not read the request (status {status})")
         return BackendError(f"llama-server answered {status} with a body that is not its error format")
+    return _named(status, message, kind)
+
+
+def _named(status: int, message: str, kind: str) -> CorralError:
     if kind == "exceed_context_size_error" or _TOO_LARGE.search(message):
         return ContextLengthExceeded(message)
     if status in (401, 403):
@@ -48,5 +52,7 @@ def translate_error(status: int, body: bytes) -> CorralError:
 
 
 def translate_event(error: dict[str, object]) -> CorralError:
-    """The error that llama-server put into a stream."""
-    return BackendError(f"llama-server failed: {error.get('message', 'it did not say why')}")
+    """The error that llama-server put into a stream; bad input may come up only there."""
+    code = error.get("code")
+    message, kind = str(error.get("message", "it did not say why")), str(error.get("type", ""))
+    return _named(code if isinstance(code, int) else 500, message, kind)

@@ -6,25 +6,30 @@ import asyncio
 import contextlib
 import logging
 import shutil
+import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from gateway.admission.limits import RequestLimits
 from gateway.admission.queue import ByteBudget, Queue
 from gateway.backend import Backend
-from gateway.environment import child_environment, hub_caches
+from gateway.environment import child_environment, hub_caches, secret_named
 from gateway.errors import ConfigError
 from gateway.events import Events
 from gateway.logs import LogWriter
 from gateway.metrics import Metrics
 from gateway.models.command import INHERITED, INHERITED_PREFIXES, check_extra_args
-from gateway.models.local import MOST_SLOTS, LocalOwner, Means
-from gateway.models.manager import Manager
+from gateway.models.footprint import FootprintBook
+from gateway.models.local import LocalOwner, Means
+from gateway.models.manager import Changes, Manager
 from gateway.models.owner import Owner
+from gateway.models.plan import MOST_SLOTS, Herd, Planner
+from gateway.models.ports import Ports
 from gateway.models.registry import ModelSpec, Registry, build_registry
 from gateway.models.remote import RemoteOwner
+from gateway.models.room import Landlord
 from gateway.pipeline.account import Accounts
 from gateway.pipeline.forward import Spine
 from gateway.pipeline.splice import Pinger
@@ -53,6 +58,8 @@ class Runtime:
     accounts: Accounts
     spine: Spine
     pinger: Pinger
+    configure: Callable[[], Settings]  # reads the configuration anew
+    make_queue: Callable[[ModelSpec], Queue]
     ticks: list[Callable[[float], Any]]  # called with the loop's time, each TICK_SECONDS
 
     def accept(self) -> None:
@@ -78,15 +85,36 @@ class Runtime:
         for wait in waits:
             wait.cancel()
 
-    def reload(self) -> dict[str, Any]:
-        """Read the keys anew; what cannot be read changes nothing and is reported."""
-        report = self.keys.reload()
-        return {"keys": {"loaded": report.loaded, "problems": report.problems}}
+    async def reload(self) -> dict[str, Any]:
+        """Read keys and models anew; what cannot be read changes nothing and is reported."""
+        keys = self.keys.reload()
+        report: dict[str, Any] = {"keys": {"loaded": keys.loaded, "problems": keys.problems}}
+        try:
+            settings = await asyncio.to_thread(self.configure)
+            registry, _ = await asyncio.to_thread(check_configuration, settings)
+        except ConfigError as error:
+            for problem in error.problems:
+                log.error("the models stay as they are: %s", problem)
+            report["models"] = {"problems": error.problems}
+            return report
+        for warning in (*settings.warnings, *registry.warnings):
+            log.warning("%s", warning)
+        for model_id in registry.specs.keys() - self.queues.keys():
+            self.queues[model_id] = self.make_queue(registry.specs[model_id])
+        changes = self.manager.apply(registry)
+        self.events.emit("models.reloaded", _told(changes))
+        report["models"] = asdict(changes) | {"problems": []}
+        return report
 
 
 @contextlib.asynccontextmanager
-async def open_runtime(settings: Settings, logs: LogWriter) -> AsyncIterator[Runtime]:
-    """Raises ConfigError. A local llama-server is being spawned when this returns."""
+async def open_runtime(
+    settings: Settings, logs: LogWriter, configure: Callable[[], Settings] | None = None
+) -> AsyncIterator[Runtime]:
+    """Raises ConfigError. A local llama-server is being spawned when this returns.
+
+    `configure` reads the configuration anew for a reload.
+    """
     registry, binary = check_configuration(settings)
     board, events, metrics = Board(), Events(), Metrics()
     board.single = registry.single
@@ -95,20 +123,52 @@ async def open_runtime(settings: Settings, logs: LogWriter) -> AsyncIterator[Run
         await stack.enter_async_context(publishing(board, settings.state_file))
         stack.callback(board.set_service, ServiceState.STOPPED, "stopped")
         for spec in registry.specs.values():
-            board.add_model(spec.id, required=True)
-        manager = Manager(registry, _owner_maker(settings, logs, board, events, metrics, binary))
+            board.add_model(spec.id, required=spec.id in registry.preload)
+        for warning in registry.warnings:
+            log.warning("%s", warning)
+        lenient = registry.single and "VRAM_BUDGET_MB" not in settings.explicit
+        landlord = Landlord(registry.max_models, time.monotonic, lenient=lenient)
+        book = FootprintBook(settings.data_dir / "footprints.json")
+        planner = Planner(settings, binary or Path(), child_environment(INHERITED, INHERITED_PREFIXES), book)
+        queues: dict[str, Queue] = {}
+        manager = Manager(
+            registry,
+            board,
+            landlord,
+            planner,
+            _owner_maker(settings, logs, board, events, metrics, planner, landlord, lambda: manager.herd()),
+            removed=lambda model_id: _forget(model_id, queues, metrics),
+        )
         stack.push_async_callback(manager.close)
-        manager.start(preload=registry.specs)
+        manager.start()
         await asyncio.sleep(0)  # the owners begin before anything slower is done here
         keys = KeyRing(settings.auth_keys_file if settings.auth_enabled else None, settings.api_key)
         await stack.enter_async_context(keys.watching())
         budget = ByteBudget(settings.max_queued_bytes)
-        queues = {spec.id: _queue(settings, metrics, spec, budget) for spec in registry.specs.values()}
+
+        def make_queue(spec: ModelSpec) -> Queue:
+            return _queue(settings, metrics, spec, budget)
+
+        queues |= {spec.id: make_queue(spec) for spec in registry.specs.values()}
         accounts = Accounts(metrics, loop.time)
         spine = Spine(settings, manager, queues, RequestLimits(loop.time), accounts)
         pinger = Pinger(settings.sse_ping_seconds)
         runtime = Runtime(
-            settings, logs, board, events, metrics, keys, manager, queues, budget, accounts, spine, pinger, ticks=[]
+            settings,
+            logs,
+            board,
+            events,
+            metrics,
+            keys,
+            manager,
+            queues,
+            budget,
+            accounts,
+            spine,
+            pinger,
+            configure or (lambda: settings),
+            make_queue,
+            ticks=[],
         )
         runtime.ticks += [pinger.tick, runtime.manager.sweep, lambda _: metrics.log_errors.set(logs.errors)]
         _connect(runtime)
@@ -148,34 +208,47 @@ def find_llama_server(settings: Settings) -> Path:
 
 
 def _owner_maker(
-    settings: Settings, logs: LogWriter, board: Board, events: Events, metrics: Metrics, binary: Path | None
+    settings: Settings,
+    logs: LogWriter,
+    board: Board,
+    events: Events,
+    metrics: Metrics,
+    planner: Planner,
+    landlord: Landlord,
+    herd: Callable[[], Herd],
 ) -> Callable[[ModelSpec], Owner]:
     def connect(url: str, key: str | None) -> Backend:
         return Backend(url, key=key, connect_timeout=settings.backend_connect_timeout, silence=settings.request_timeout)
 
-    def connect_remote(url: str) -> Backend:
-        path = settings.llama_api_key_file
+    def connect_remote(spec: ModelSpec) -> Backend:
+        """Each server gets its own key, and LLAMA_URL's is for LLAMA_URL's alone."""
+        assert spec.url is not None
+        key = secret_named(spec.api_key_env) if spec.api_key_env else None
+        path = settings.llama_api_key_file if settings.llama_url else None
         try:
-            key = path.read_text().strip() if path else None
+            key = path.read_text().strip() if path else key
         except OSError as error:
             raise ConfigError([f"LLAMA_API_KEY_FILE={str(path)!r}: {error.strerror}"]) from None
         if key:
             logs.add_secret(key)
-        return connect(url, key)
+        return connect(spec.url, key)
+
+    ports = Ports(settings.port_backend)
 
     def make(spec: ModelSpec) -> Owner:
         if spec.url is not None:
             return RemoteOwner(spec, board, events, connect_remote)
-        assert binary is not None
         means = Means(
             settings=settings,
-            binary=binary,
-            inherited=child_environment(INHERITED, INHERITED_PREFIXES),
+            planner=planner,
             output=logs.put,
             connect=connect,
             keep_secret=logs.add_secret,
             hub_caches=hub_caches(),
             metrics=metrics,
+            landlord=landlord,
+            ports=ports,
+            herd=herd,
         )
         return LocalOwner(spec, board, events, means)
 
@@ -184,7 +257,7 @@ def _owner_maker(
 
 def _queue(settings: Settings, metrics: Metrics, spec: ModelSpec, budget: ByteBudget) -> Queue:
     """`_connect` sets the capacity anew when the model's slots are known."""
-    capacity = settings.max_concurrent_requests or settings.parallel or MOST_SLOTS
+    capacity = settings.max_concurrent_requests or spec.slots or settings.parallel or MOST_SLOTS
     queue = Queue(
         capacity,
         settings.max_queue_size,
@@ -200,12 +273,13 @@ def _connect(runtime: Runtime) -> None:
     board, metrics = runtime.board, runtime.metrics
 
     def model_changed(model_id: str | None) -> None:
-        if model_id is None:
+        if model_id is None or model_id not in board.models:
             return
         status = board.models[model_id]
         for state in ModelState:
             metrics.model_state.labels(model_id, state).set(state is status.state)
-        slots = runtime.manager.owners[model_id].slots
+        owner = runtime.manager.owners.get(model_id)
+        slots = owner and (owner.spec.slots or owner.slots)
         if status.state is ModelState.READY and slots and not runtime.settings.max_concurrent_requests:
             runtime.queues[model_id].resize(slots)
 
@@ -222,6 +296,21 @@ def _connect(runtime: Runtime) -> None:
     for problem in runtime.keys.report.problems:
         log.warning("%s", problem)
     runtime.keys.subscribe(keys_changed)
+
+
+def _forget(model_id: str, queues: dict[str, Queue], metrics: Metrics) -> None:
+    """A model that is not configured any more."""
+    queues.pop(model_id, None)
+    with contextlib.suppress(KeyError):
+        metrics.queue_depth.remove(model_id)
+    for state in ModelState:
+        with contextlib.suppress(KeyError):
+            metrics.model_state.remove(model_id, state)
+
+
+def _told(changes: Changes) -> str:
+    parts = [f"{what}: {', '.join(names)}" for what, names in asdict(changes).items() if names]
+    return "; ".join(parts) or "nothing has changed"
 
 
 @contextlib.asynccontextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ class Settings:
         None, "requests at once", low=1, high=256, file="system.default_parallel", shown="up to 4, as many as fit"
     )
     ngl: int = _var(99, "layers on the GPU", low=0, high=9999)
-    threads: int = _var(0, "CPU threads, 0 = auto", low=0, high=1024)
+    threads: int = _var(0, "CPU threads, 0 = auto", low=0, high=1024, file="system.cpu_threads")
     extra_args: str = _var("", "further llama-server arguments, shell-quoted")
 
     # listeners
@@ -169,6 +170,8 @@ class Settings:
     # not variables: what loading found out
     warnings: tuple[str, ...] = field(default=(), compare=False)
     explicit: frozenset[str] = field(default=frozenset(), compare=False)  # names set by environment, .env or file
+    # the models file, for what is no variable; it may hold secrets
+    file: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def named_model(self) -> bool:

@@ -47,6 +47,7 @@ class ModelStatus:
     last_used_at: float | None = None
     load_progress: float | None = None
     error_message: str | None = None
+    detail: str | None = None  # what it waits for, in one sentence
     vram_used_mb: int | None = None
     updated_at: float = field(default_factory=time.time)
     settled: bool = False  # it has answered since its start or its last crash
@@ -101,6 +102,23 @@ class Board:
         self.models[model_id] = ModelStatus(alias=model_id)
         if required:
             self._required += (model_id,)
+        self._tell(model_id)
+
+    def remove_model(self, model_id: str) -> None:
+        del self.models[model_id]
+        self.release(model_id)
+
+    def require(self, model_id: str) -> None:
+        """It must be resident: the service is not ready before it has come to an end state."""
+        if model_id not in self._required:
+            self._required += (model_id,)
+
+    def release(self, model_id: str) -> None:
+        """It need not be resident any more."""
+        self._required = tuple(name for name in self._required if name != model_id)
+        self._tell(model_id)
+        if self.status in (ServiceState.LOADING, ServiceState.READY, ServiceState.FAILED):
+            self.refresh()
 
     def listen(self, callback: Callable[[str | None], None]) -> Callable[[], None]:
         """`callback(model id, or None for the service)` after each change; returns the way to stop listening."""

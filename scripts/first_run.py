@@ -15,10 +15,9 @@ import urllib.request
 from collections.abc import MutableMapping
 from pathlib import Path
 
-import yaml
-
-from gateway.environment import load_settings
+from gateway.environment import load_settings, read_settings
 from gateway.errors import ConfigError
+from gateway.models.file import read_models_file
 from gateway.settings import Settings
 from gateway.stores.keyfile import KeyFile
 from scripts import fetch_llama_server
@@ -66,10 +65,10 @@ def load(environ: MutableMapping[str, str]) -> Settings:
     """The settings as the gateway will see them, those of a models file included."""
     settings = load_settings(environ)
     try:
-        content = yaml.safe_load(settings.config_path.read_text()) if settings.config_path else None
-    except (OSError, yaml.YAMLError):
-        return settings  # the gateway says it better
-    return load_settings(environ, file=content) if isinstance(content, dict) else settings
+        content = read_models_file(settings.config_path).content if settings.config_path else None
+    except ConfigError:
+        return settings  # the gateway will say what is wrong
+    return read_settings(environ, file=content)[0] if content else settings
 
 
 def names_a_model(settings: Settings) -> bool:

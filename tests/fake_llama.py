@@ -262,7 +262,8 @@ def install(folder: Path, commands: str = "") -> Path:
     gateway gives its children a clean environment, and a test may want the second start to differ from the first."""
     path = folder / "llama-server"
     path.with_suffix(".commands").write_text(commands)
-    script = f"import os, runpy\nos.environ['FAKE_LLAMA'] = open({str(path.with_suffix('.commands'))!r}).read()\n"
+    commands_file = str(path.with_suffix(".commands"))
+    script = f"import os, runpy\nos.environ.setdefault('FAKE_LLAMA', open({commands_file!r}).read())\n"
     path.write_text(f"#!{sys.executable}\n{script}runpy.run_path({__file__!r}, run_name='__main__')\n")
     path.chmod(0o755)
     return path

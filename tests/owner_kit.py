@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +17,14 @@ from gateway.environment import load_settings
 from gateway.events import Event, Events
 from gateway.metrics import Metrics
 from gateway.models import local
+from gateway.models.footprint import FootprintBook
 from gateway.models.local import LocalOwner, Means
+from gateway.models.plan import Herd, Planner
 from gateway.models.policy import Crash, restart_delay
+from gateway.models.ports import Ports
 from gateway.models.process import Process
 from gateway.models.registry import ModelSpec
+from gateway.models.room import Landlord
 from gateway.state import Board, ModelState
 from tests.fake_llama import install
 from tests.house import free_port, soon
@@ -43,12 +49,12 @@ def alive(pid: int) -> bool:
 
 async def put_away(process: Process) -> None:
     """An ended one: its pipe is read to its end, and its transport closed, before the loop is."""
-    transport = process._transport
-    assert transport is not None
     await process.wait()
-    pipe = transport.get_pipe_transport(1)
-    await soon(lambda: pipe is None or pipe.is_closing())
-    transport.close()
+    await process._output.ended.wait()
+    assert process._transport is not None
+    process._transport.close()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0.001)  # uvloop closes the pipe's file some turns later
 
 
 @dataclass
@@ -72,8 +78,8 @@ class Stable:
             self.states.append(status.state)
         if status.pid is not None and status.pid not in self.pids:
             self.pids.append(status.pid)
-            assert self.owner._process is not None
-            self.processes.append(self.owner._process)
+            assert self.owner._run is not None
+            self.processes.append(self.owner._run.process)
 
     def command(self, commands: str) -> None:
         """What the next llama-server is told."""
@@ -103,18 +109,21 @@ async def stable(folder: Path, commands: str = "", **variables: str) -> AsyncIte
     board.add_model("m", required=True)
     output: list[bytes] = []
     secrets: list[str] = []
+    landlord = Landlord(None, time.monotonic, lenient=True)
     means = Means(
         settings=settings,
-        binary=install(folder, commands),
-        inherited={"PATH": os.environ["PATH"]},
+        planner=Planner(settings, install(folder, commands), {"PATH": os.environ["PATH"]}, FootprintBook(None)),
         output=output.append,
         connect=lambda url, key: Backend(url, key=key),
         keep_secret=secrets.append,
         hub_caches=(),
         metrics=metrics,
+        landlord=landlord,
+        ports=Ports(settings.port_backend),
+        herd=lambda: Herd(1, {}, (), single=True),
     )
     owner = LocalOwner(ModelSpec(id="m", path=model), board, events, means)
-    made = Stable(owner, board, metrics, means.binary, output=output, secrets=secrets)
+    made = Stable(owner, board, metrics, means.planner.binary, output=output, secrets=secrets)
     events.listen(made.events.append)
     board.listen(made.note)
     owner.start()

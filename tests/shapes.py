@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ class Shape:
     vocab: int = 32000
     tied: bool = False
     quant: int = F16
+    experts: int = 0  # of `ff` each
     extra: dict[str, Any] = field(default_factory=dict)
 
     def tensors(self) -> list[tuple[str, list[int], int]]:
@@ -40,11 +42,18 @@ class Shape:
             if self.architecture == "gemma3":
                 norms |= {"post_attention_norm": self.embd, "post_ffw_norm": self.embd}
             matrices = {"attn_q": (self.embd, q), "attn_k": (self.embd, kv), "attn_v": (self.embd, kv)}
-            matrices |= {"attn_output": (q, self.embd), "ffn_gate": (self.embd, self.ff)}
-            matrices |= {"ffn_up": (self.embd, self.ff), "ffn_down": (self.ff, self.embd)}
+            matrices |= {"attn_output": (q, self.embd)}
             found += [(f"blk.{i}.{name}.weight", [size], 0) for name, size in norms.items()]
             found += [(f"blk.{i}.{name}.weight", list(sizes), self.quant) for name, sizes in matrices.items()]
+            found += [(f"blk.{i}.{name}.weight", sizes, kind) for name, sizes, kind in self.feed_forward()]
         return found
+
+    def feed_forward(self) -> list[tuple[str, list[int], int]]:
+        rows = {"gate": [self.embd, self.ff], "up": [self.embd, self.ff], "down": [self.ff, self.embd]}
+        if not self.experts:
+            return [(f"ffn_{name}", sizes, self.quant) for name, sizes in rows.items()]
+        router = ("ffn_gate_inp", [self.embd, self.experts], 0)
+        return [router, *((f"ffn_{name}_exps", [*sizes, self.experts], self.quant) for name, sizes in rows.items())]
 
     def build(self, path: Path) -> Path:
         a = self.architecture
@@ -71,7 +80,7 @@ class Shape:
         offset, records = 0, []
         for name, dims, kind in self.tensors():
             records.append(tensor(name, dims, kind, offset))
-            elements = dims[0] * (dims[1] if len(dims) > 1 else 1)
+            elements = math.prod(dims)
             size = {0: elements * 4, F16: elements * 2, Q8_0: elements // 32 * 34, Q4_0: elements // 32 * 18}[kind]
             offset += -(-size // 32) * 32
         head = gguf(values, records)
@@ -83,6 +92,18 @@ class Shape:
 
 LLAMA = Shape()
 BIG_VOCABULARY = Shape(embd=1536, heads=12, kv_heads=2, head=128, ff=6144, vocab=128256, quant=Q8_0)
-GEMMA = Shape("gemma3", 18, 1152, 4, 1, 256, 6912, 262144, True, Q8_0, {"attention.sliding_window": 512})
+GEMMA = Shape("gemma3", 18, 1152, 4, 1, 256, 6912, 262144, True, Q8_0, extra={"attention.sliding_window": 512})
 QWEN = Shape("qwen3", 16, 2048, 16, 8, 128, 6144, 151936, True, Q4_0)
 MANY_HEADS = Shape(layers=16, kv_heads=16, ff=2816)
+MIXTURE = Shape(
+    "qwen3moe",
+    layers=8,
+    heads=16,
+    kv_heads=4,
+    head=128,
+    ff=768,
+    quant=Q8_0,
+    experts=32,
+    extra={"expert_count": 32, "expert_used_count": 4, "expert_feed_forward_length": 768},
+)
+EMBEDDING = Shape(quant=Q8_0, extra={"pooling_type": 1})

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from gateway.errors import BackendError, BackendGone, BackendTimeout
-from gateway.refusals import translate_error
+from gateway.refusals import translate_error, translate_event
 from tests.backend_kit import Turn, ask, chunked, connected, deaf_port, http, talking
 from tests.fake_llama import FakeLlama
 from tests.house import free_port, soon
@@ -195,3 +195,19 @@ def test_llama_servers_errors_become_ours(status: int, body: bytes, becomes: int
     assert message in shown["message"]
     assert (shown["type"] == "invalid_request_error") is (400 <= becomes < 500)
     assert ("Retry-After" in error.headers()) is (becomes == 503)
+
+
+@pytest.mark.parametrize(
+    ("event", "becomes", "code"),
+    [
+        ({"code": 500, "message": "Unexpected empty grammar stack", "type": "server_error"}, 400, "invalid_request"),
+        ({"code": 400, "message": "long", "type": "exceed_context_size_error"}, 400, "context_length_exceeded"),
+        ({"code": 500, "message": "Context size has been exceeded.", "type": "server_error"}, 502, "backend_error"),
+        ({"message": "as commanded"}, 502, "backend_error"),
+        ({"code": "x"}, 502, "backend_error"),
+        ({}, 502, "backend_error"),
+    ],
+)
+def test_what_it_says_in_a_stream_too(event: dict[str, object], becomes: int, code: str) -> None:
+    error = translate_event(event)
+    assert (error.status, error.code) == (becomes, code)

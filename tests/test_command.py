@@ -11,16 +11,21 @@ import pytest
 
 from gateway.environment import child_environment
 from gateway.models.command import (
+    HINTS,
     INHERITED,
     INHERITED_PREFIXES,
     OPTIONAL,
     Launch,
     build_argv,
     build_environment,
+    check_env,
     check_extra_args,
+    check_flags,
+    flag_value,
     refused_flag,
 )
-from gateway.models.registry import ModelSpec
+from gateway.models.spec import ModelSpec
+from gateway.models.template import PromptTemplate
 from tests.house import llama_server
 
 SPEC = ModelSpec(id="qwen")
@@ -28,7 +33,7 @@ MODEL = Path("/m/qwen-q4.gguf")
 LAUNCH = Launch(
     binary=Path("/app/llama-server"),
     port=8080,
-    ctx=4096,
+    ctx_total=12288,
     parallel=3,
     ngl=99,
     threads=0,
@@ -51,7 +56,8 @@ def argv(**changes: object) -> str:
     [
         ({}, BASE),
         ({"threads": 2}, f"{BASE} -t 2"),
-        ({"ctx": 100, "parallel": 1}, BASE.replace("12288 -np 3", "100 -np 1")),
+        ({"ctx_total": 100, "parallel": 1}, BASE.replace("12288 -np 3", "100 -np 1")),
+        ({"ctx_total": 0, "parallel": 0}, BASE.replace(" -c 12288 -np 3", "")),
         ({"ngl": 0, "port": 1, "cache_ram_mb": 0}, BASE.replace("99", "0").replace("8080", "1").replace("1024", "0")),
         ({"extra_args": "-fa on --lora '/a b/c'"}, f"{BASE} -fa on --lora /a b/c"),
         ({"without": frozenset({"--fit"})}, BASE.replace(" --fit off", "")),
@@ -120,7 +126,7 @@ def test_every_forbidden_argument_is_told_of() -> None:
 def test_the_names_are_those_of_the_real_llama_server(tmp_path: Path) -> None:
     """And it does take an underscore for a hyphen, which is why we must."""
     known = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", help_of(llama_server())))
-    flags = {word for word in BASE.split() if word.startswith("-")} | set(OPTIONAL) | {"-t", "--mmproj"}
+    flags = {word for word in BASE.split() if word.startswith("-")} | set(OPTIONAL) - set(HINTS) | {"-t", "--mmproj"}
     assert flags <= known
     assert set(FORBIDDEN) - known <= {"--webui-mcp-proxy"}  # not every build has all of them
     command = [str(llama_server()), "--api_key", "x", "-m", str(tmp_path / "none.gguf")]
@@ -149,7 +155,7 @@ def test_the_optional_flag_that_a_build_refuses_is_found(lines: list[str], witho
     assert refused_flag(lines, replace(LAUNCH, without=frozenset(without))) == flag
 
 
-@pytest.mark.parametrize("flag", OPTIONAL)
+@pytest.mark.parametrize("flag", [flag for flag in OPTIONAL if flag not in HINTS])
 def test_every_optional_flag_can_be_left_out(flag: str) -> None:
     whole, shorter = argv().split(), argv(without=frozenset({flag})).split()
     assert flag in whole and flag not in shorter
@@ -171,8 +177,50 @@ def test_the_key_goes_by_environment_and_nothing_else_of_ours_does(monkeypatch: 
     }
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    environment = build_environment(child_environment(INHERITED, INHERITED_PREFIXES), LAUNCH)
+    environment = build_environment(SPEC, child_environment(INHERITED, INHERITED_PREFIXES), LAUNCH)
     assert environment["LLAMA_API_KEY"] == LAUNCH.api_key
     assert not {"LLAMA_ARG_HOST", "AIP_HTTP_PORT", "API_KEY", "REDIS_URL"} & environment.keys()
     assert {"PATH", "CUDA_VISIBLE_DEVICES", "HF_HOME", "GGML_CUDA_X", "https_proxy"} <= environment.keys()
     assert LAUNCH.api_key not in argv()
+
+
+def test_a_models_own_flags_come_last_and_its_environment_wins() -> None:
+    spec = replace(SPEC, flags=("-c", "8192", "-ngl", "5"), env=(("CUDA_VISIBLE_DEVICES", "3"),))
+    assert build_argv(spec, MODEL, LAUNCH)[-4:] == ["-c", "8192", "-ngl", "5"]
+    environment = build_environment(spec, {"CUDA_VISIBLE_DEVICES": "0", "PATH": "/bin"}, LAUNCH)
+    assert environment["CUDA_VISIBLE_DEVICES"] == "3" and environment["PATH"] == "/bin"
+    assert environment["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+
+
+def test_a_chat_template_is_passed_on() -> None:
+    file = replace(SPEC, chat_template_file=Path("/t.jinja"))
+    assert "--chat-template-file /t.jinja" in " ".join(build_argv(file, MODEL, LAUNCH))
+    pieces = replace(SPEC, prompt_template=PromptTemplate(user_prefix="U: "))
+    line = build_argv(pieces, MODEL, LAUNCH)
+    assert "U: " in line[line.index("--chat-template") + 1]
+
+
+def test_what_a_model_may_not_say() -> None:
+    assert check_flags(["-c", "8192", "--parallel", "4", "--mlock"]) == []
+    assert [line.partition(":")[0] for line in check_flags(["--host", "0.0.0.0", "--api_key=x", "-v"])] == [
+        "--host",
+        "--api_key=x",
+        "-v",
+    ]
+    assert check_env(["CUDA_VISIBLE_DEVICES"]) == [] and len(check_env(["LLAMA_ARG_HOST", "llama_api_key"])) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "value"),
+    [([], None), (["-c", "5"], "5"), (["--ctx-size=6"], "6"), (["-c", "5", "--ctx_size", "7"], "7"), (["-c"], None)],
+)
+def test_a_flags_value(flags: list[str], value: str | None) -> None:
+    assert flag_value(flags, "-c", "--ctx-size") == value
+
+
+def test_a_hint_that_a_build_does_not_know_is_left_out_wherever_it_comes_from() -> None:
+    spec, launch = replace(SPEC, flags=("--mlock", "-fa", "on")), replace(LAUNCH, extra_args="--no-mmap --metrics")
+    refused = ["error: invalid argument: --mlock"]
+    assert refused_flag(refused, launch) == "--mlock"
+    words = build_argv(spec, MODEL, replace(launch, without=frozenset({"--mlock", "--metrics"})))
+    assert "--mlock" not in words and words[-4:] == ["--no-mmap", "--metrics", "-fa", "on"]

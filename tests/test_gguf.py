@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gateway.models.arguments import Facts
 from gateway.models.gguf import GGUFError, GGUFHeader, read_header, shards
 from gateway.models.gguf_file import _BLOCKS, CHUNK, MAX_HEADER
 from gateway.models.ledger import predict
@@ -338,7 +339,7 @@ def survives(path: Path, data: bytes) -> None:
     else:
         assert 0 <= header.tensor_bytes <= len(data)
         assert len(header.n_head_kv) == header.n_layers
-        assert predict(header, 4096, n_parallel=2).total >= header.tensor_bytes
+        assert predict(header, Facts(ctx_total=4096, parallel=2)).total >= header.tensor_bytes
 
 
 def test_mutations_of_a_sound_file(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ async def test_nothing_is_started_before_it_is_wanted_and_then_it_serves(tmp_pat
         assert key not in str(about["argv"]) and "--alias" in about["argv"]
         assert about["pid"] == made.pids[0] == made.board.models["m"].pid
         assert (made.owner.slots, made.owner.ctx, made.owner.generation) == (2, 512, 1)
-        assert b"server is listening" in b"".join(made.output)
+    assert b"server is listening" in b"".join(made.output)
     assert made.states == [S.STARTING, S.LOADING, S.READY, S.STOPPING, S.OFF]
     assert made.codes() == ["model.loading", "model.loaded"]
     assert made.count("model_load_seconds_count") == 1 and made.count("model_restarts_total") == 0

@@ -37,7 +37,7 @@ class Watched:
         self.board.listen(lambda _: self.states.append(self.board.models["m"].state))
         events.listen(self.events.append)
         spec = ModelSpec(id="m", url=f"http://127.0.0.1:{port}")
-        self.owner = RemoteOwner(spec, self.board, events, lambda url: Backend(url, key=key))
+        self.owner = RemoteOwner(spec, self.board, events, lambda spec: Backend(str(spec.url), key=key))
 
     async def ready(self, seconds: float = 5) -> Backend:
         async with self.owner.lease() as lease:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from gateway.models.process import Process, free_port, parent_death_prefix
-from tests.house import ROOT, eventually, soon
+from gateway.models.ports import Ports
+from gateway.models.process import Process, parent_death_prefix
+from tests.house import ROOT, eventually, free_port, soon
 from tests.owner_kit import alive, children, put_away
 
 LOOPS = ("asyncio", "uvloop")
@@ -153,15 +154,17 @@ async def test_several_may_wait_and_one_who_stops_waiting_hurts_nobody() -> None
 
 async def test_cancelling_the_spawn_leaves_no_process() -> None:
     before = children()
-    for turns in range(6):
+    for turns in range(12):
         spawning = asyncio.create_task(shell("sleep 60"))
         for _ in range(turns):
             await asyncio.sleep(0)
-        if spawning.done():
-            (await spawning).kill()
         spawning.cancel()
-        await asyncio.gather(spawning, return_exceptions=True)
+        for process in await asyncio.gather(spawning, return_exceptions=True):
+            if isinstance(process, Process):
+                process.kill()
+                await process._output.ended.wait()
     await soon(lambda: children() <= before)
+    await asyncio.sleep(0.01)  # for the pipes to be closed
 
 
 def test_it_dies_with_the_gateway_however_that_dies() -> None:
@@ -205,11 +208,21 @@ def test_a_child_whose_gateway_is_gone_already_does_not_start(tmp_path: Path) ->
 
 def test_the_preferred_port_is_taken_if_nobody_has_it() -> None:
     wanted = free_port()
-    assert free_port(wanted) == wanted
+    assert Ports(wanted).take() == wanted
     for address in ("127.0.0.1", "0.0.0.0"):
         with socket.socket() as other:
             other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             other.bind((address, wanted))
             other.listen()
-            found = free_port(wanted)
+            found = Ports(wanted).take()
             assert found != wanted and found > 0
+
+
+def test_a_port_is_given_to_one_only_until_it_is_given_back() -> None:
+    """Nobody listens on it yet, and it must not be taken by the next one all the same."""
+    wanted = free_port()
+    ports = Ports(wanted)
+    taken = [ports.take() for _ in range(50)]
+    assert taken[0] == wanted and len(set(taken)) == 50
+    ports.give_back(wanted)
+    assert ports.take() == wanted

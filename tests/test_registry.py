@@ -8,7 +8,9 @@ import pytest
 
 from gateway.environment import load_settings
 from gateway.errors import ConfigError, ModelNotFound
-from gateway.models.registry import ModelSpec, Registry, build_registry, find_models
+from gateway.models.registry import ModelSpec, Registry, build_registry
+from gateway.models.scan import find_models
+from gateway.models.template import PromptTemplate
 
 
 def files(folder: Path, *names: str) -> Path:
@@ -55,7 +57,8 @@ def problem(models_dir: Path, **variables: str) -> str:
         (["a.gguf"], "", "a", "a.gguf"),
         (["a/model.gguf"], "", "a", "a/model.gguf"),
         (["a-00001-of-00002.gguf", "a-00002-of-00002.gguf"], "", "a", "a-00001-of-00002.gguf"),
-        (["a.gguf", "mmproj-a.gguf", "notes.txt", "too/deep/b.gguf"], "", "a", "a.gguf"),
+        (["as/deep/as/b.gguf"], "", "b", "as/deep/as/b.gguf"),
+        (["a.gguf", "mmproj-a.gguf", "notes.txt", ".hub/b.gguf", ".b.gguf"], "", "a", "a.gguf"),
     ],
 )
 def test_a_model_by_name(tmp_path: Path, there: list[str], name: str, id: str, file: str) -> None:
@@ -113,15 +116,40 @@ SEVERAL = [
 ]
 
 
-def test_several_models_are_named_as_MODEL_NAME_can_take_them(tmp_path: Path) -> None:
-    message = problem(files(tmp_path, *SEVERAL))
-    start, _, listed = message.partition("set MODEL_NAME to one of ")
-    assert start == f"{tmp_path} holds several models: "
+def test_a_wrong_name_is_told_the_names_that_MODEL_NAME_can_take(tmp_path: Path) -> None:
+    wrong = problem(files(tmp_path, *SEVERAL), MODEL_NAME="nope")
+    start, _, listed = wrong.partition("; there is: ")
+    assert start == f"MODEL_NAME='nope': no such model in {tmp_path}"
     names = listed.split(", ")
     assert names == ["a", "f/model", "g/model", "g2/t", "g2/x", "s"]
     assert [only(tmp_path, MODEL_NAME=name).path for name in names] == find_models(tmp_path)
-    wrong = problem(tmp_path, MODEL_NAME="nope")
-    assert wrong == f"MODEL_NAME='nope': no such model in {tmp_path}; there is: {listed}"
+
+
+def test_several_models_are_a_herd(tmp_path: Path) -> None:
+    files(tmp_path, *SEVERAL)
+    environ = {"MODELS_DIR": str(tmp_path), "DATA_DIR": str(tmp_path)}
+    registry = build_registry(load_settings(environ, None))
+    assert not registry.single
+    assert sorted(registry.specs) == ["a", "f", "g", "s", "t", "x"]
+    assert (registry.default, registry.preload, registry.max_models, registry.vram_multiplier) == (None, (), None, 1.1)
+    assert build_registry(load_settings(environ | {"DEFAULT_MODEL": "s"}, None)).default == "s"
+    with pytest.raises(ConfigError) as raised:
+        build_registry(load_settings(environ | {"DEFAULT_MODEL": "q"}, None))
+    assert raised.value.problems == ["DEFAULT_MODEL='q' is no model; there are: a, f, g, s, t, x"]
+
+
+def test_one_model_is_preloaded(tmp_path: Path) -> None:
+    registry = build_registry(load_settings({"DATA_DIR": str(tmp_path), "MODEL_HF": "user/Repo"}, None))
+    assert (registry.preload, registry.preload_all, registry.default) == (("Repo",), False, "Repo")
+
+
+def test_a_prompt_template_beside_the_one_model(tmp_path: Path) -> None:
+    template = files(tmp_path, "a/a.gguf") / "a" / "prompt_template.json"
+    template.write_text('{"user_prefix": "U:", "_comment": 1}')
+    found = only(tmp_path, MODEL_NAME="a").prompt_template
+    assert found == PromptTemplate(user_prefix="U:") == only(tmp_path).prompt_template
+    template.write_text("{")
+    assert problem(tmp_path, MODEL_NAME="a").startswith(f"{template}: is not JSON: ")
 
 
 @pytest.mark.parametrize(
@@ -130,6 +158,7 @@ def test_several_models_are_named_as_MODEL_NAME_can_take_them(tmp_path: Path) ->
         ({"MODEL_NAME": "x"}, "MODEL_NAME='x': no such model in {}; there is: no model"),
         ({"MODEL_NAME": "dir"}, "MODEL_NAME='{}/dir': the folder must hold exactly one model; it holds: none"),
         ({"MODEL_NAME": "two"}, "MODEL_NAME='{}/two': the folder must hold exactly one model; it holds: a, b"),
+        ({"MODEL_NAME": "x" * 300}, f"MODEL_NAME='{'x' * 59}: File name too long"),
         ({"MODEL_PATH": "{}/x.gguf"}, "MODEL_PATH='{}/x.gguf': no such file"),
         ({"MODEL_PATH": "{}/two"}, "MODEL_PATH='{}/two': the folder must hold exactly one model; it holds: a, b"),
     ],

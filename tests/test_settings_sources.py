@@ -65,7 +65,7 @@ def sample(name: str, number: int) -> str:
     if kind is bool:
         return ("true", "false", "true")[number]
     if kind in (int, float):
-        return str(4100 + number if name != "PARALLEL" else 4 + number)
+        return str(4 + number if name in ("PARALLEL", "THREADS") else 4100 + number)
     return ("http://a:1", "http://b:1", "http://c:1")[number]
 
 

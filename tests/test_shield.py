@@ -154,3 +154,24 @@ class TestSchema:
     def test_usual_tools_pass(self) -> None:
         parameters = {"type": "object", "properties": {"city": {"type": "string", "pattern": "^[A-Z]{2,20}$"}}}
         check_schema(json.dumps([{"type": "function", "function": {"parameters": parameters}}]).encode(), "tools")
+
+    FAR: tuple[dict[str, object], ...] = (
+        {"minimum": 10**15 + 1}, {"exclusiveMinimum": 1e16}, {"maximum": -(10**15) - 1}, {"exclusiveMaximum": -1e17},
+        {"minimum": 2**63}, {"minimum": 0, "maximum": 2**64 - 10**17}, {"maximum": 1e300}, {"minimum": -(2**63) - 1e10},
+    )  # fmt: skip
+    NEAR: tuple[dict[str, object], ...] = (
+        {"minimum": 10**15},
+        {"maximum": -1e15},
+        {"minimum": -(2**63), "maximum": 2**63 - 1},
+        {"minimum": "x"},
+        {},
+    )
+
+    @pytest.mark.parametrize("kind", ["integer", ["null", "integer"]])
+    def test_integers(self, kind: object) -> None:
+        for bounds in self.NEAR:
+            check_schema(json.dumps({"properties": {"a": {"type": kind} | bounds}}).encode(), "tools")
+        for bounds in self.FAR:
+            with pytest.raises(BadRequest, match="far from 0"):
+                check_schema(json.dumps({"properties": {"a": {"type": kind} | bounds}}).encode(), "tools")
+            check_schema(json.dumps({"type": "number"} | bounds).encode(), "tools")

@@ -167,7 +167,7 @@ def test_the_snapshot_is_json_and_has_what_status_pages_show() -> None:
     assert shown.keys() == {"status", "since", "detail", "models"}
     assert shown["models"]["m"].keys() == {
         "alias", "state", "status", "port", "pid", "slots", "started_at", "last_used_at", "load_progress",
-        "error_message", "vram_used_mb", "updated_at",
+        "error_message", "detail", "vram_used_mb", "updated_at",
     }  # fmt: skip
     assert shown["models"]["m"]["status"] == shown["models"]["m"]["state"] == "loading"
 

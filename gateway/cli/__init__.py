@@ -16,6 +16,7 @@ _EPILOG = """\
 examples:
   corral serve                           serve what the environment names
   corral keys generate --name ada        make an API key
+  corral models status --watch           see what the models of a running gateway do
   corral config check                    print every problem of the configuration
 
 Variables and more: README.md. `corral COMMAND --help` has further examples."""
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    from gateway.cli import config, keys, keys_options, serve
+    from gateway.cli import config, keys, keys_options, models_options, serve
 
     parser: argparse.ArgumentParser = Parser(
         prog="corral",
@@ -73,10 +74,11 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"corral {__version__}")
-    keys_options.add_shared_options(parser.add_argument_group("for corral keys, anywhere on the line"))
+    keys_options.add_shared_options(parser.add_argument_group("anywhere on the line"))
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     serve.add_parser(commands)
     keys.add_parser(commands, _keys_file)
+    models_options.add_parser(commands)
     config.add_parser(commands)
     return parser
 

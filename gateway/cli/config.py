@@ -5,41 +5,57 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-from gateway.environment import load_settings
+from gateway.environment import read_settings
 from gateway.errors import ConfigError
+from gateway.models.spec import ModelSpec
 from gateway.settings import Settings
 
 
 def load_configuration(file: Path | None = None) -> Settings:
-    """Environment, `.env` and the models file (`file`, else CONFIG_PATH). Raises ConfigError."""
-    settings = load_settings()
+    """Environment, `.env` and the models file (`file`, else CONFIG_PATH). Raises ConfigError with all that is wrong.
+
+    What only `build_registry` can find is among it if there is anything else wrong, and left to it otherwise.
+    """
+    settings, problems = _read(file)
+    if problems:
+        from gateway.models.registry import build_registry
+
+        try:
+            build_registry(settings)
+        except ConfigError as error:
+            problems += (problem for problem in error.problems if problem not in problems)
+        raise ConfigError(problems)
+    return settings
+
+
+def _read(file: Path | None) -> tuple[Settings, list[str]]:
+    settings, problems = read_settings()
     path = file or settings.config_path
     if path is None:
-        return settings
+        return settings, problems
     from gateway.models.file import read_models_file
 
-    content = read_models_file(path)
-    if "models" not in content and "CONFIG_PATH" not in settings.explicit and file is None:
-        return dataclasses.replace(settings, config_path=None)  # some other config.yaml that lies there
-    settings = load_settings(file=content)
-    if content.get("models") and settings.named_model:
-        warning = f"{path}: its models are ignored, because one model is named"
-        settings = dataclasses.replace(settings, warnings=(*settings.warnings, warning))
-    elif content.get("models"):
-        names = ", ".join(str(name) for name in content["models"])
-        raise ConfigError(
-            [f"{path}: serving several models is not possible yet; set MODEL_NAME or MODEL_PATH to one ({names})"]
-        )
-    return settings
+    try:
+        found = read_models_file(path, with_models=not settings.named_model)
+    except ConfigError as error:
+        raise ConfigError(problems + error.problems) from None
+    if not found.has_models and "CONFIG_PATH" not in settings.explicit and file is None:
+        return dataclasses.replace(settings, config_path=None), problems  # some other config.yaml that lies there
+    settings, problems = read_settings(file=found.content, origin=f"{path}: ")
+    warnings = [*settings.warnings, *found.warnings]
+    if found.has_models and settings.named_model:
+        warnings.append(f"{path}: its models are ignored, because one model is named")
+    return dataclasses.replace(settings, config_path=path, warnings=tuple(warnings)), [*problems, *found.problems]
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "config",
         help="check the configuration",
-        epilog="example:\n  corral config check",
+        epilog="example:\n  corral config check models.yaml",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -59,12 +75,26 @@ def run_check(args: argparse.Namespace) -> int:
 
     try:
         settings = load_configuration(args.models_file)
-        check_configuration(settings)
+        registry, _ = check_configuration(settings)
+        if registry.warnings:  # at a start these are the models' own problems; here they are what was asked for
+            raise ConfigError(registry.warnings)
     except ConfigError as error:
         for problem in error.problems:
             print(problem, file=sys.stderr)
         return 1
     for warning in settings.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    for line in summary(registry.specs.values()):
+        print(line)
     print("ok")
     return 0
+
+
+def summary(specs: Iterable[ModelSpec]) -> list[str]:
+    """A line for each model: its id, where it comes from, its other names."""
+    rows = []
+    for spec in specs:
+        source = spec.path or spec.url or (f"hf: {spec.hf}" if spec.hf else "MODEL_URL")
+        rows.append((spec.id, str(source), f"also {', '.join(spec.aliases)}" if spec.aliases else ""))
+    widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
+    return [f"{name:<{widths[0]}}  {source:<{widths[1]}}  {also}".rstrip() for name, source, also in rows]

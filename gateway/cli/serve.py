@@ -68,11 +68,11 @@ def allow_many_connections() -> None:
 async def _serve(settings: Settings, writer: LogWriter) -> None:
     stop, hurry = asyncio.Event(), asyncio.Event()
     _on_signals(stop, hurry)
-    async with open_runtime(settings, writer) as runtime:
+    async with open_runtime(settings, writer, load_configuration) as runtime:
         from gateway.app import listening  # while llama-server loads: importing aiohttp takes longer than all before
 
         async with listening(runtime):
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, runtime.reload)
+            _reload_on_sighup(runtime)
             _announce_when_ready(runtime)
             runtime.accept()
             await stop.wait()
@@ -91,6 +91,17 @@ def _on_signals(stop: asyncio.Event, hurry: asyncio.Event) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, received)
+
+
+def _reload_on_sighup(runtime: Runtime) -> None:
+    running: set[asyncio.Task[object]] = set()
+
+    def reload() -> None:
+        task: asyncio.Task[object] = asyncio.create_task(runtime.reload(), name="reload")
+        running.add(task)
+        task.add_done_callback(running.discard)
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
 
 
 def _announce_when_ready(runtime: Runtime) -> None:

@@ -13,7 +13,7 @@ _UPSTREAM = ("slots", "props", "lora-adapters", "metrics")
 
 
 async def reload(request: web.Request) -> web.Response:
-    return web.json_response(request.app[RUNTIME].reload())
+    return web.json_response(await request.app[RUNTIME].reload())
 
 
 async def upstream(request: web.Request) -> web.Response:

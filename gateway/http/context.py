@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import secrets
 from http import HTTPStatus
+from os import urandom
 
 from aiohttp import web
 
@@ -19,6 +19,8 @@ RECEIVED_AT = web.RequestKey("received_at", float)  # on the loop's clock
 ORIGIN = web.RequestKey("origin", str)  # an allowed one
 KEY = web.RequestKey("key", Key)
 ACCOUNTED = web.RequestKey("accounted", bool)  # the spine has counted it
+TEMPLATE = web.RequestKey("template", str)  # of its route, where aiohttp's router was not asked
+BODY = web.RequestKey("body", bytes)  # where it came together with its head
 CALLER = web.RequestKey("caller", str)  # whose limits a request counts on
 
 EXPOSED = (
@@ -26,11 +28,20 @@ EXPOSED = (
     "x-queue-time-ms, x-cache, openai-processing-ms, retry-after, retry-after-ms, x-should-retry"
 )
 
-_REASON = {status.value: status.phrase for status in HTTPStatus}
+_STATUS_LINE = {status.value: f"HTTP/1.1 {status.value} {status.phrase}" for status in HTTPStatus}
 
 
 def new_request_id() -> str:
-    return f"req_{secrets.token_hex(12)}"
+    return f"req_{urandom(12).hex()}"
+
+
+def template(request: web.Request) -> str | None:
+    """The template of its route; None where there is no such route."""
+    found = request.get(TEMPLATE)
+    if found is None:
+        resource = request.match_info.route.resource
+        found = resource.canonical if resource is not None else None
+    return found
 
 
 def common_headers(request: web.Request) -> Headers:
@@ -52,5 +63,5 @@ async def on_prepare(request: web.Request, response: web.StreamResponse) -> None
 
 
 def response_head(status: int, headers: Headers) -> bytes:
-    lines = [f"HTTP/1.1 {status} {_REASON.get(status, '')}", *[f"{name}: {value}" for name, value in headers]]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
+    lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
+    return f"{_STATUS_LINE.get(status) or f'HTTP/1.1 {status} '}\r\n{lines}\r\n".encode("latin-1", "replace")

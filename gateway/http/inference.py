@@ -18,6 +18,7 @@ from gateway.errors import (
 )
 from gateway.http.context import (
     ACCOUNTED,
+    BODY,
     CALLER,
     KEY,
     RECEIVED_AT,
@@ -26,11 +27,13 @@ from gateway.http.context import (
     TRACEPARENT,
     common_headers,
     response_head,
+    template,
 )
-from gateway.http.protocol import ClientConnection, Relayed
+from gateway.http.protocol import CLOSED, KEPT, ClientConnection
 from gateway.pipeline.call import Call, Route, parse_json_object, take_model, take_places, take_stream
 from gateway.pipeline.dialects import Dialect
 from gateway.pipeline.splice import Headers, Splice
+from gateway.pipeline.turns import LARGE_BYTES
 from gateway.settings import Settings
 
 log = logging.getLogger("corral.http")
@@ -68,7 +71,12 @@ async def infer(request: web.Request) -> web.StreamResponse:
     runtime = request.app[RUNTIME]
     connection, transport = request.protocol, request.transport
     assert isinstance(connection, ClientConnection)
-    call = make_call(request, await read_body(request, runtime.settings, runtime.budget))
+    body = body_at_hand(request)
+    if body is None:
+        body = await read_body(request, runtime.settings, runtime.budget)
+    if len(body) > LARGE_BYTES:
+        await runtime.spine.turns.take()
+    call = make_call(request, body)
     if transport is None:
         raise ConnectionResetError("the client has left")
     keep_alive = request.keep_alive and request.version >= HttpVersion11
@@ -110,7 +118,7 @@ async def infer(request: web.Request) -> web.StreamResponse:
     finally:
         connection.splice = None
         runtime.pinger.discard(splice)
-    return Relayed(keep_alive=keep_alive and not splice.was_cut)
+    return KEPT if keep_alive and not splice.was_cut else CLOSED
 
 
 def tell(splice: Splice, call: Call, error: CorralError) -> None:
@@ -131,9 +139,9 @@ def _not_cancelled_after_all() -> None:
 
 def make_call(request: web.Request, body: bytes) -> Call:
     """Raises BadRequest, InvalidJSON, UnsupportedMediaType."""
-    resource = request.match_info.route.resource
-    assert resource is not None
-    route = ROUTES[resource.canonical]
+    path = template(request)
+    assert path is not None
+    route = ROUTES[path]
     call = Call(
         route=route,
         key=request[KEY],
@@ -154,8 +162,10 @@ def make_call(request: web.Request, body: bytes) -> Call:
     call.model = take_model(call.fields)
     call.stream = route.dialect.generates and take_stream(call.fields)
     call.places = take_places(call.fields)
-    call.priority = priority(request.headers.get("X-Request-Priority"))
-    call.max_wait = max_wait(request.headers.get("X-Request-Timeout"))
+    if "X-Request-Priority" in request.headers:
+        call.priority = priority(request.headers["X-Request-Priority"])
+    if "X-Request-Timeout" in request.headers:
+        call.max_wait = max_wait(request.headers["X-Request-Timeout"])
     return call
 
 
@@ -193,17 +203,25 @@ async def expected(request: web.Request) -> None:
     """`Expect: 100-continue` waits for `read_body`: a refusal comes before the body. Other wishes are ignored."""
 
 
+def body_at_hand(request: web.Request) -> bytes | None:
+    """The whole body, where it has come already. Raises UnsupportedMediaType."""
+    if BODY in request:
+        return request[BODY]
+    encoding = request.headers.get("Content-Encoding")
+    if encoding is not None and encoding.lower() != "identity":
+        raise UnsupportedMediaType(f"Content-Encoding is {encoding[:40]}: send the body as it is")
+    content = request.content
+    if not content.is_eof():
+        return None
+    return content.read_nowait(-1) if content.total_bytes else b""
+
+
 async def read_body(request: web.Request, settings: Settings, budget: ByteBudget) -> bytes:
     """The whole body within CLIENT_BODY_TIMEOUT; what has come of it counts on MAX_QUEUED_BYTES until then.
 
-    Raises BadRequest, ClientTimeout, PayloadTooLarge, QueueFull, UnsupportedMediaType.
+    Raises BadRequest, ClientTimeout, PayloadTooLarge, QueueFull.
     """
-    encoding = request.headers.get("Content-Encoding", "identity")
-    if encoding.lower() != "identity":
-        raise UnsupportedMediaType(f"Content-Encoding is {encoding[:40]}: send the body as it is")
     content = request.content
-    if content.is_eof():
-        return content.read_nowait(-1) if content.total_bytes else b""
     if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     bound = settings.max_request_body_size

@@ -1,189 +1,159 @@
-"""What a key may see of the models and of their state."""
+"""Which models there are, in OpenAI's list and as files; and an operator's commands to them."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import re
-import time
-from datetime import UTC, datetime
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
-from gateway.errors import ModelNotFound
-from gateway.http.context import KEY, RUNTIME
+from gateway.errors import BadRequest, ModelNotFound, ShuttingDown, UnsupportedMediaType
+from gateway.http.context import RUNTIME
+from gateway.http.inference import read_body
+from gateway.http.visible import named_model, visible_specs
+from gateway.models.gguf import GGUFError, read_header
 from gateway.models.registry import ModelSpec
+from gateway.pipeline.call import parse_json_object, typed_field
 from gateway.runtime import Runtime
-from gateway.state import ModelStatus, ServiceState
-
-_QUANT = re.compile(r"(?:^|[-_.])((?:I?Q\d|TQ\d|MXFP\d|BF16|F16|F32)[A-Z0-9_]*)$", re.IGNORECASE)
+from gateway.state import ModelState, ServiceState
 
 
 async def list_models(request: web.Request) -> web.Response:
-    runtime, key = request.app[RUNTIME], request[KEY]
-    specs = [spec for spec in runtime.manager.registry.specs.values() if key.may_use(spec.id)]
-    return web.json_response({"object": "list", "data": [_openai_model(runtime, spec) for spec in specs]})
+    rows = await openai_models(request.app[RUNTIME], visible_specs(request))
+    return web.json_response({"object": "list", "data": rows})
 
 
 async def get_model(request: web.Request) -> web.Response:
-    runtime = request.app[RUNTIME]
-    return web.json_response(_openai_model(runtime, _named(request)))
+    spec = named_model(request, request.match_info["model"])
+    rows = await openai_models(request.app[RUNTIME], [spec])
+    if not rows:
+        raise ModelNotFound(f"{spec.id} has just been taken out of the configuration", param="model")
+    return web.json_response(rows[0])
+
+
+async def openai_models(runtime: Runtime, specs: Sequence[ModelSpec]) -> list[dict[str, Any]]:
+    """OpenAI's rows, and what is known here besides: `task` is generate, embed or rerank."""
+    tasks = [facts.task for facts in await files_facts(specs)]
+    owners, board = runtime.manager.owners, runtime.board
+    return [
+        {
+            "id": spec.id,
+            "object": "model",
+            "created": int(board.started_at),
+            "owned_by": "corral",
+            "status": board.models[spec.id].state,
+            "meta": {
+                "slots": owners[spec.id].slots,
+                "n_ctx": owners[spec.id].ctx,
+                "task": task,
+                "aliases": list(spec.aliases),
+            },
+        }
+        for spec, task in zip(specs, tasks, strict=True)
+        if spec.id in owners  # it may have been taken out of the configuration meanwhile
+    ]
+
+
+# --- files
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What a model's file says of itself; None where it does not say, or cannot be read."""
+
+    quant: str | None = None
+    family: str | None = None
+    task: str | None = None
 
 
 async def list_files(request: web.Request) -> web.Response:
-    """GET /models, the shape of an earlier system."""
-    runtime, key = request.app[RUNTIME], request[KEY]
-    rows = []
-    for spec in runtime.manager.registry.specs.values():
-        if not key.may_use(spec.id):
-            continue
-        name = spec.path.name if spec.path else spec.id
-        quant = _QUANT.search(name.removesuffix(".gguf"))
-        family = re.split(r"[-_.\d]", name, maxsplit=1)[0].lower()
-        rows.append(
-            {
-                "id": spec.id,
-                "name": name,
-                "path": str(spec.path) if spec.path else None,
-                "quant": quant[1].upper() if quant else None,
-                "family": family or None,
-            }
-        )
+    """GET /models."""
+    specs = visible_specs(request)
+    rows = [
+        {
+            "id": spec.id,
+            "name": spec.path.name if spec.path else spec.id,
+            "path": str(spec.path) if spec.path else None,
+            "quant": facts.quant,
+            "family": facts.family,
+        }
+        for spec, facts in zip(specs, await files_facts(specs), strict=True)
+    ]
     return web.json_response({"models": rows})
 
 
-async def instances(request: web.Request) -> web.Response:
-    """GET /status, the shape of an earlier system."""
+async def files_facts(specs: Sequence[ModelSpec]) -> list[FileFacts]:
+    """Beside the loop: files may lie on a disk that is slow or asleep."""
+    return await asyncio.to_thread(lambda: [file_facts(spec.path, spec.embedding) for spec in specs])
+
+
+def file_facts(path: Path | None, embedding: bool | None) -> FileFacts:
+    """Blocking. A file that has been read is not read again before it changes; `embedding` wins over what it says."""
+    facts = FileFacts()
+    if path is not None:
+        with contextlib.suppress(GGUFError, OSError):
+            seen = path.stat()
+            facts = _file_facts(path, seen.st_mtime_ns, seen.st_size)
+    return dataclasses.replace(facts, task="embed") if embedding and facts.task != "rerank" else facts
+
+
+@lru_cache(maxsize=1024)
+def _file_facts(path: Path, _mtime_ns: int, _size: int) -> FileFacts:
+    header = read_header(path)
+    task = "rerank" if header.is_reranker else "embed" if header.is_embedding else "generate"
+    return FileFacts(header.file_type or None, header.architecture or None, task)
+
+
+# --- commands
+
+
+async def load(request: web.Request) -> web.Response:
+    """Asks for the model, and answers before it is there: /v1/models/{model}/status tells how it goes."""
     runtime = request.app[RUNTIME]
-    board = runtime.board
-    rows = []
-    for model_id, status in visible(request).items():
-        queue = runtime.queues[model_id]
-        rows.append(
-            {
-                "model_id": model_id,
-                "state": status.state,
-                "last_used_unix": status.last_used_at,
-                "est_vram_mb": status.vram_used_mb,
-                "queue_len": queue.waiting,
-                "inflight": queue.active,
-                "max_queue_depth": runtime.settings.max_queue_size,
-                "port": status.port,
-                "pid": status.pid,
-            }
-        )
-    errors = [status.error_message for status in board.models.values() if status.error_message]
-    body = {
-        "instances": rows,
-        "budget_mb": runtime.settings.vram_budget_mb,
-        "used_est_mb": sum(status.vram_used_mb or 0 for status in board.models.values()),
-        "margin_mb": runtime.settings.vram_margin_mb,
-        "state": board.status,
-        "last_error": errors[-1] if errors else None,
-        "uptime_seconds": round(time.time() - board.started_at, 3),
-        "server_time_unix": time.time(),
-        "evictions_total": int(runtime.metrics.value(runtime.metrics.evictions)),
-        "loads_total": sum(owner.generation for owner in runtime.manager.owners.values()),
-        "warmups_in_progress": sum(status.state in ("starting", "loading") for status in board.models.values()),
-        "draining_count": int(board.status is ServiceState.DRAINING),
-    }
-    return web.json_response(body)
+    spec, _ = await command(request)
+    if runtime.board.status in (ServiceState.DRAINING, ServiceState.STOPPED):
+        raise ShuttingDown("the service is shutting down", retry_after=5)
+    runtime.manager.load(spec.id)
+    return web.json_response({"model": spec.id, "status": runtime.board.models[spec.id].state}, status=202)
 
 
-async def all_status(request: web.Request) -> web.Response:
-    return web.json_response(full_status(request.app[RUNTIME], visible(request)))
-
-
-async def one_status(request: web.Request) -> web.Response:
-    spec = _named(request)
-    return web.json_response(status_row(request.app[RUNTIME].board.models[spec.id]))
-
-
-async def failed(request: web.Request) -> web.Response:
-    rows = {name: status_row(status) for name, status in visible(request).items() if status.state == "failed"}
-    return web.json_response({"failed": rows, "total": len(rows)})
-
-
-async def queue_stats(request: web.Request) -> web.Response:
+async def eject(request: web.Request) -> web.Response:
+    """Answers when the model is off. It is unloaded also if the client does not wait for that."""
     runtime = request.app[RUNTIME]
-    per_model = {
-        name: {
-            "queued": queue.waiting,
-            "processing": queue.active,
-            "max_concurrent": queue.capacity,
-            "max_queue_size": queue.max_waiting,
-            "processed": queue.processed_total,
-            "rejected": queue.rejected_total,
-        }
-        for name, queue in runtime.queues.items()
-        if request[KEY].may_use(name)
-    }
-    summary = {
-        f"total_{out}": sum(row[name] for row in per_model.values())
-        for out, name in (
-            ("queued", "queued"),
-            ("processing", "processing"),
-            ("processed", "processed"),
-            ("rejected", "rejected"),
-        )
-    }
-    return web.json_response({"summary": summary, "per_model": per_model})
+    spec, force = await command(request)
+    await runtime.manager.eject(spec.id, force=force)
+    return web.json_response({"model": spec.id, "status": ModelState.OFF})
 
 
-def full_status(runtime: Runtime, models: dict[str, ModelStatus]) -> dict[str, Any]:
-    by_status: dict[str, int] = {}
-    for status in models.values():
-        by_status[status.state] = by_status.get(status.state, 0) + 1
-    board = runtime.board
-    return {
-        "server": {"status": board.status, "started_at": _iso(board.started_at), "updated_at": _iso(time.time())},
-        "models": {name: status_row(status) for name, status in models.items()},
-        "summary": {"total": len(models), "by_status": by_status},
-    }
+async def reset(request: web.Request) -> web.Response:
+    """What has failed may be tried again."""
+    runtime = request.app[RUNTIME]
+    spec = named_model(request, request.match_info["model"])
+    runtime.manager.reset(spec.id)
+    return web.json_response({"model": spec.id, "status": runtime.board.models[spec.id].state})
 
 
-def status_row(status: ModelStatus) -> dict[str, Any]:
-    row = status.as_json()
-    return {
-        "alias": row["alias"],
-        "status": row["state"],
-        "port": row["port"],
-        "started_at": _iso(status.started_at),
-        "last_used_at": _iso(status.last_used_at),
-        "load_progress": row["load_progress"],
-        "error_message": row["error_message"],
-        "vram_used_mb": row["vram_used_mb"],
-        "updated_at": _iso(status.updated_at),
-    }
+async def plan(request: web.Request) -> web.Response:
+    """What loading the model would evict, and why; nothing is done."""
+    spec, _ = await command(request)
+    return web.json_response(dataclasses.asdict(await request.app[RUNTIME].manager.plan(spec.id)))
 
 
-def visible(request: web.Request) -> dict[str, ModelStatus]:
-    key = request[KEY]
-    return {name: status for name, status in request.app[RUNTIME].board.models.items() if key.may_use(name)}
-
-
-def _named(request: web.Request) -> ModelSpec:
-    """The model in the path; one that this key may not use does not exist for it."""
-    registry, name = request.app[RUNTIME].manager.registry, request.match_info["model"]
-    with contextlib.suppress(ModelNotFound):
-        spec = registry.named(name)
-        if request[KEY].may_use(spec.id):
-            return spec
-    known = ", ".join(sorted(filter(request[KEY].may_use, registry.specs))) or "none for this key"
-    raise ModelNotFound(f"the model {name!r} does not exist; there are: {known}", param="model")
-
-
-def _openai_model(runtime: Runtime, spec: ModelSpec) -> dict[str, Any]:
-    owner, status = runtime.manager.owners[spec.id], runtime.board.models[spec.id]
-    return {
-        "id": spec.id,
-        "object": "model",
-        "created": int(runtime.board.started_at),
-        "owned_by": "corral",
-        "status": status.state,
-        "meta": {"slots": owner.slots, "n_ctx": owner.ctx, "aliases": list(spec.aliases)},
-    }
-
-
-def _iso(at: float | None) -> str | None:
-    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds") if at is not None else None
+async def command(request: web.Request) -> tuple[ModelSpec, bool]:
+    """The model that the body names, and `force`. Raises BadRequest, ModelNotFound, and what `read_body` raises."""
+    runtime = request.app[RUNTIME]
+    kind = request.content_type
+    if "Content-Type" in request.headers and kind != "application/json" and not kind.endswith("+json"):
+        raise UnsupportedMediaType(f"Content-Type is {kind[:100]}: send application/json")
+    fields = parse_json_object(await read_body(request, runtime.settings, runtime.budget))
+    name = typed_field(fields, "model", str, "a string")
+    if not name:
+        raise BadRequest('model is missing: send {"model": ID}', param="model")
+    force = typed_field(fields, "force", bool, "true or false")
+    return named_model(request, name), bool(force)

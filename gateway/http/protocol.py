@@ -3,46 +3,45 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import logging
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
-from aiohttp import HttpVersion10, HttpVersion11, StreamReader, hdrs, web
-from aiohttp.http import RawRequestMessage
-from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
+from aiohttp import StreamReader, hdrs, web
+from aiohttp.http import RawRequestMessage, StreamWriter
 from aiohttp.streams import EMPTY_PAYLOAD
-from aiohttp.web_protocol import RequestHandler, _ErrInfo
+from aiohttp.web_protocol import ERROR, RequestHandler, _ErrInfo
 
 from gateway.errors import (
     BadRequest,
     ClientTimeout,
     CorralError,
     HeaderFieldsTooLarge,
-    URITooLong,
 )
-from gateway.http.context import new_request_id
+from gateway.http.hot import HotRequest, HotRoutes
+from gateway.http.malformed import error_response, misframed, parse_error
 from gateway.settings import Settings
 
 if TYPE_CHECKING:
     from gateway.pipeline.splice import Splice
 
+log = logging.getLogger("corral.http")
+
 KEEP_ALIVE_SECONDS = 75.0
 MAX_HEAD_BYTES = 128 * 1024  # of a head that comes in pieces; MAX_HEADERS alone would allow 512 KB a connection
 _WITHOUT_VERSION = re.compile(rb"[A-Z]{1,20} [^ \r\n]*\r?\n")
-_REASONS = {
-    400: "Bad Request",
-    404: "Not Found",
-    408: "Request Timeout",
-    414: "URI Too Long",
-    431: "Request Header Fields Too Large",
-}
 
 
 class ClientConnection(RequestHandler):
-    """aiohttp's connection, with our errors and with the splice that an answer may be written through."""
+    """aiohttp's connection, with our errors, with the splice that an answer may be written through, and with a short
+    way for hot routes."""
 
-    __slots__ = ("_answered", "_body", "_head_bytes", "_head_of", "_head_since", "splice")
+    __slots__ = ("_answered", "_body", "_head_bytes", "_head_of", "_head_since", "_hot", "_owed", "_ready", "splice")
+
+    def __init__(self, server: web.Server, hot: HotRoutes, **about: Any) -> None:
+        super().__init__(server, **about)
+        self._hot = hot
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.splice: Splice | None = None
@@ -51,15 +50,150 @@ class ClientConnection(RequestHandler):
         self._head_since: float | None = self._loop.time()  # since when the next request's head is awaited
         self._head_of = 0  # how many requests had come by then
         self._head_bytes = 0
+        self._owed: int | None = 0  # bytes to the end of a request; None: it is not known where one ends
+        self._ready: HotRequest | None = None  # one that has not gone through the parser
+        # A slow reader then holds what was read from llama-server at once, 256 KB at most, and nothing more.
+        cast(asyncio.Transport, transport).set_write_buffer_limits(0)
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
+        waiter = self._waiter
+        if self._owed == 0 and waiter is not None and not waiter.done() and not self._messages:
+            self._ready = self._hot.known(data, self)
+            if self._ready is not None:
+                self._request_count += 1
+                self._head_since = None
+                waiter.set_result(None)
+                return
         before, in_body = self._request_count, not self._body.is_eof()
         super().data_received(data)
         if self._request_count != before:
             self._heads_came(self._request_count - before)
         elif data and not in_body:
             self._head_goes_on(data)
+        if self._owed is not None:
+            self._owed = self._still_owed(data, self._owed, self._request_count - before)
+
+    def _still_owed(self, data: bytes, owed: int, count: int) -> int | None:
+        """Where the parser stands after `data`, of which `count` heads were new: how much of its message is missing.
+
+        None where that is not beyond doubt, and from then on. Whoever takes a boundary for one that is none lets a
+        client smuggle requests.
+        """
+        if owed == 0:
+            if not data:
+                return 0
+            message = self._messages[-1][0] if count == 1 and self._messages else None
+            end = data.find(b"\r\n\r\n") + 4
+            if message is None or isinstance(message, _ErrInfo) or message.chunked or message.upgrade:
+                return None
+            if end < 4 or data.startswith(b"\r\n") or data.count(b"\n", 0, end) != data.count(b"\r\n", 0, end):
+                return None
+            owed = end + int(message.headers.get(hdrs.CONTENT_LENGTH, 0))
+            if owed == len(data):
+                self._hot.learn(data, message, self)
+        elif count:
+            return None
+        owed -= len(data)
+        return owed if owed > 0 or (owed == 0 and self._body.is_eof()) else None
+
+    async def start(self) -> None:
+        """The requests of this connection, one after the other, until it closes; as aiohttp's own, but that one on a
+        hot route is answered right here."""
+        going_on = True
+        try:
+            while going_on and not (self._close or self._force_close):
+                if not self._messages:
+                    await self._more()
+                hot, self._ready = self._ready, None
+                body = EMPTY_PAYLOAD
+                if hot is None:
+                    message, body = self._next_message()
+                    if not isinstance(message, _ErrInfo):
+                        hot = self._hot.request(message, body, self)
+                if hot is None:
+                    going_on = await self._by_aiohttp(message, body)
+                else:
+                    going_on = await self._by_hot_route(hot)
+                self._keepalive = going_on
+                if not body.is_eof():
+                    going_on = await self._thrown_away(body) and going_on
+                self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+                if going_on and self._keepalive_handle is None:
+                    self._keepalive_handle = self._loop.call_at(
+                        self._next_keepalive_close_time, self._process_keepalive
+                    )
+        except asyncio.CancelledError:
+            self.force_close()
+            raise
+        except Exception:  # the errors middleware lets none through, so this is a fault of ours
+            log.exception("a connection broke off")
+            self.force_close()
+        if not self._force_close:
+            self._task_handler = None
+            if self.transport is not None:
+                self.transport.close()
+
+    async def _more(self) -> None:
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _next_message(self) -> tuple[RawRequestMessage | _ErrInfo, StreamReader]:
+        message, body = self._messages.popleft()
+        if self._parser is not None:
+            self._parser.message_consumed()
+        if self._buffer_paused and len(self._messages) <= self._msg_queue_resume_size:
+            self._resume_reading_if_drained()
+        return message, body
+
+    async def _by_hot_route(self, request: HotRequest) -> bool:
+        """Whether the connection may serve another request."""
+        self._request_in_progress = True
+        try:
+            return await self._hot.answer(request)
+        except ConnectionError:
+            return False  # the client is gone
+        finally:
+            self._request_in_progress = False
+            self._answered += 1
+            if self._handler_waiter is not None:
+                self._handler_waiter.set_result(None)
+
+    async def _by_aiohttp(self, message: RawRequestMessage | _ErrInfo, body: StreamReader) -> bool:
+        """Whether the connection may serve another request."""
+        assert self._manager is not None
+        assert self._request_factory is not None
+        assert self._request_handler is not None
+        handler = self._request_handler
+        if isinstance(message, _ErrInfo):
+            handler, message = self._make_error_handler(message), ERROR
+        self._manager.requests_count += 1
+        running = asyncio.current_task()
+        assert running is not None
+        request = self._request_factory(message, body, self, StreamWriter(self, self._loop), running)
+        task = self._loop.create_task(self._handle_request(request, None, handler))
+        try:
+            response, reset = await task
+        except ConnectionError:
+            return False
+        return bool(response.keep_alive) and not reset
+
+    async def _thrown_away(self, body: StreamReader) -> bool:
+        """Read what nobody wanted of a body, for a client may look at the answer only when it has sent all of it."""
+        try:
+            async with asyncio.timeout(self._lingering_time):
+                while not body.is_eof() and not self._force_close:
+                    await body.readany()
+        except (TimeoutError, ConnectionError, CorralError, web.RequestPayloadError):
+            return False
+        return not self._force_close
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        if self._reading_paused:  # aiohttp asks for it at the end of each body
+            super().resume_reading(resume_parser)
 
     def _heads_came(self, count: int) -> None:
         """The last `count` messages are new, and nobody has looked at them yet."""
@@ -126,7 +260,7 @@ class ClientConnection(RequestHandler):
         """Called for a request that could not be parsed; aiohttp would answer in plain text as HTTP/1.0."""
         if self.transport is not None:
             self.transport.write(error_response(parse_error(exc)))
-        return Relayed(keep_alive=False)
+        return CLOSED
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
@@ -154,16 +288,20 @@ class Relayed(web.StreamResponse):
         return None
 
 
-def connection_factory(server: web.Server, settings: Settings) -> Callable[[], ClientConnection]:
+KEPT, CLOSED = Relayed(keep_alive=True), Relayed(keep_alive=False)  # it has no state of its own
+
+
+def connection_factory(server: web.Server, settings: Settings, hot: HotRoutes) -> Callable[[], ClientConnection]:
     """What `loop.create_server` makes for each client."""
     loop = asyncio.get_running_loop()
 
     def make() -> ClientConnection:
         return ClientConnection(
             server,
+            hot,
             loop=loop,
             keepalive_timeout=KEEP_ALIVE_SECONDS,
-            access_log=None,  # type: ignore[arg-type]
+            access_log=None,
             max_line_size=settings.max_request_line_size,
             max_field_size=settings.max_header_line_size,
             max_headers=settings.max_headers,
@@ -177,43 +315,3 @@ def expire_connections(server: web.Server, now: float, header_timeout: float) ->
     for connection in server.connections:
         if isinstance(connection, ClientConnection):
             connection.expire(now, header_timeout)
-
-
-def misframed(message: RawRequestMessage) -> CorralError | None:
-    """What aiohttp takes, and others on the way may read differently."""
-    if message.version < HttpVersion10:
-        return BadRequest("this is HTTP/0.9, which is not served")
-    if hdrs.TRANSFER_ENCODING not in message.headers:
-        return None
-    if message.version < HttpVersion11:
-        return BadRequest("HTTP/1.0 has no Transfer-Encoding: send Content-Length")
-    codings = ", ".join(message.headers.getall(hdrs.TRANSFER_ENCODING))
-    if codings.lower() != "chunked":
-        return BadRequest(f"Transfer-Encoding is {codings[:40]!r}: only chunked is understood")
-    return None
-
-
-def parse_error(exc: BaseException | None) -> CorralError:
-    """aiohttp's parser reports all of these as 400; the texts are those of its version 3.14."""
-    if isinstance(exc, CorralError):
-        return exc
-    message = exc.message if isinstance(exc, BadHttpMessage) else "the request cannot be read"
-    if isinstance(exc, LineTooLong):
-        # the C parser shows a request target as a bytearray, and a header as bytes
-        if "bytearray(b'/" in message or "Status line" in message:
-            return URITooLong("the request line is too long; MAX_REQUEST_LINE_SIZE bounds it")
-        return HeaderFieldsTooLarge("a header line is too long; MAX_HEADER_LINE_SIZE bounds it")
-    if "Too many headers" in message:
-        return HeaderFieldsTooLarge("there are too many header fields; MAX_HEADERS bounds them")
-    return BadRequest(f"this is not a valid HTTP request: {' '.join(message.split())[:200]}")
-
-
-def error_response(error: CorralError) -> bytes:
-    """A whole response, for where there is no request to answer."""
-    body = json.dumps(error.body()).encode()
-    head = (
-        f"HTTP/1.1 {error.status} {_REASONS.get(error.status, 'Error')}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-        f"x-request-id: {new_request_id()}\r\nConnection: close\r\n\r\n"
-    )
-    return head.encode() + body

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +33,14 @@ _FORBIDDEN = {
     **dict.fromkeys(("-v", "--verbose", "--log-verbose", "--log-prompts-dir"), "it would write prompts into logs"),
 }
 
+# The flags of a model in the models file go straight to llama-server: there these are the way to say it.
+_OF_A_MODEL = frozenset({"-c", "--ctx-size", "-np", "--parallel"})
+# What a child's environment must not say, because llama-server takes it for an argument.
+_FORBIDDEN_ENV = ("LLAMA_", "AIP_")
+
 # Not every build knows these; one that a build refuses is left out, and the start is tried again.
-OPTIONAL = ("--no-kv-unified", "--fit", "--no-webui", "--cache-ram", "--metrics", "--slots", "--jinja")
+HINTS = ("--mlock", "--no-mmap")  # of an operator, to builds that may not know them any more: they change no answer
+OPTIONAL = ("--no-kv-unified", "--fit", "--no-webui", "--cache-ram", "--metrics", "--slots", "--jinja", *HINTS)
 _WITH_VALUE = ("--fit", "--cache-ram")
 
 
@@ -44,8 +50,8 @@ class Launch:
 
     binary: Path
     port: int
-    ctx: int  # of one request, tokens
-    parallel: int
+    ctx_total: int  # tokens, of all requests together; 0 = the model's flags say it
+    parallel: int  # 0 = the model's flags say it, or llama-server chooses
     ngl: int
     threads: int  # 0 = let llama-server choose
     cache_ram_mb: int
@@ -66,6 +72,37 @@ def check_extra_args(text: str) -> list[str]:
     ]
 
 
+def check_flags(flags: Sequence[str]) -> list[str]:
+    """A line for each of a model's own flags that must not be there."""
+    return [
+        f"{word}: {_FORBIDDEN[flag]}"
+        for word in flags
+        if (flag := _canonical(word)) in _FORBIDDEN and flag not in _OF_A_MODEL
+    ]
+
+
+def check_env(names: Iterable[str]) -> list[str]:
+    """A line for each variable that a model's `env` must not set."""
+    return [
+        f"{name}: llama-server would take it for an argument; use flags"
+        for name in names
+        if name.upper().startswith(_FORBIDDEN_ENV)
+    ]
+
+
+def flag_value(flags: Sequence[str], *names: str) -> str | None:
+    """The value of the last of these flags, as `--flag value` or `--flag=value`; None where there is none."""
+    found = None
+    for index, word in enumerate(flags):
+        name, equals, value = word.partition("=")
+        if _canonical(name) in names:
+            if equals:
+                found = value
+            elif index + 1 < len(flags):
+                found = flags[index + 1]
+    return found
+
+
 def _canonical(word: str) -> str:
     """llama-server itself takes `--api_key` for `--api-key`."""
     flag = word.partition("=")[0]
@@ -76,7 +113,11 @@ def build_argv(spec: ModelSpec, model: Path, launch: Launch) -> list[str]:
     """`model` is the file, which for a downloaded model is known only now."""
     argv = [str(launch.binary), "-m", str(model), "--alias", spec.id]
     argv += ["--host", "127.0.0.1", "--port", str(launch.port)]
-    argv += ["-c", str(launch.ctx * launch.parallel), "-np", str(launch.parallel), "-ngl", str(launch.ngl)]
+    if launch.ctx_total:
+        argv += ["-c", str(launch.ctx_total)]
+    if launch.parallel:
+        argv += ["-np", str(launch.parallel)]
+    argv += ["-ngl", str(launch.ngl)]
     argv += ["--no-kv-unified", "--fit", "off", "--no-webui", "--metrics", "--slots", "--jinja"]
     argv += ["--cache-ram", str(launch.cache_ram_mb)]
     if launch.threads:
@@ -89,12 +130,20 @@ def build_argv(spec: ModelSpec, model: Path, launch: Launch) -> list[str]:
         argv.append("--embedding")
     if launch.batch:
         argv += ["-b", str(launch.batch), "-ub", str(launch.batch)]
-    return _leave_out(argv, launch.without) + shlex.split(launch.extra_args)
+    if spec.chat_template_file is not None:
+        argv += ["--chat-template-file", str(spec.chat_template_file)]
+    elif spec.prompt_template is not None:
+        argv += ["--chat-template", spec.prompt_template.jinja()]
+    of_the_operator = shlex.split(launch.extra_args) + list(spec.flags)
+    return _leave_out(argv, launch.without) + _leave_out(of_the_operator, launch.without.intersection(HINTS))
 
 
-def build_environment(inherited: Mapping[str, str], launch: Launch) -> dict[str, str]:
-    """The key goes by environment, because arguments can be read by every user of the machine."""
-    return {**inherited, "LLAMA_API_KEY": launch.api_key}
+def build_environment(spec: ModelSpec, inherited: Mapping[str, str], launch: Launch) -> dict[str, str]:
+    """The key goes by environment, because arguments can be read by every user of the machine.
+
+    CUDA's devices are counted as NVML counts them, so that what is booked on one is what is used there.
+    """
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", **inherited, **dict(spec.env), "LLAMA_API_KEY": launch.api_key}
 
 
 def refused_flag(output: Sequence[str], launch: Launch) -> str | None:
@@ -105,7 +154,7 @@ def refused_flag(output: Sequence[str], launch: Launch) -> str | None:
     return None
 
 
-def _leave_out(argv: list[str], without: frozenset[str]) -> list[str]:
+def _leave_out(argv: Sequence[str], without: frozenset[str]) -> list[str]:
     kept: list[str] = []
     skip = False
     for word in argv:

@@ -26,7 +26,7 @@ _WANTED = re.compile(
 )
 _NAMED = frozenset(("token_embd.weight", "output.weight"))
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
-_EMBEDDING_ARCHITECTURES = frozenset(
+EMBEDDING_ARCHITECTURES = frozenset(
     "bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 eurobert gemma-embedding t5encoder "
     "llama-embed".split()
 )
@@ -65,6 +65,8 @@ class GGUFHeader:
     embedding_bytes: int
     tied: bool  # the embedding is the output, too
     parts: int
+    output_bytes: int = 0  # 0 where it is tied
+    expert_bytes: int = 0  # of all mixtures' experts together
 
     @property
     def is_reranker(self) -> bool:
@@ -74,7 +76,7 @@ class GGUFHeader:
     def is_embedding(self) -> bool:
         """Whether the model embeds or ranks, and so has to be started with `--embedding` or `--reranking`."""
         pools = self.pooling_type is not None and _POOLING_MEAN <= self.pooling_type <= _POOLING_RANK
-        return pools or self.architecture in _EMBEDDING_ARCHITECTURES
+        return pools or self.architecture in EMBEDDING_ARCHITECTURES
 
     @property
     def embeds_at_once(self) -> bool:
@@ -118,6 +120,7 @@ def read_header(path: Path) -> GGUFHeader:
         )
     for other in others:
         first.tensor_bytes += other.tensor_bytes
+        first.expert_bytes += other.expert_bytes
         first.named |= other.named
     return _header(fields, first, len(parts))
 
@@ -201,6 +204,8 @@ def _header(fields: _Fields, contents: Contents, parts: int) -> GGUFHeader:
         embedding_bytes=embedding[1],
         tied="output.weight" not in contents.named,
         parts=parts,
+        output_bytes=contents.named.get("output.weight", (-1, 0))[1],
+        expert_bytes=min(contents.expert_bytes, contents.tensor_bytes),
     )
 
 

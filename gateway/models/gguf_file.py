@@ -18,6 +18,7 @@ MAX_KEYS, MAX_TENSORS, MAX_STRINGS = 4096, 65536, 1 << 20
 MAX_NAME = 512  # bytes of a key, of a tensor's name, and of a text value that is kept
 MAX_LIST, MAX_KEPT = 4096, 65536  # elements of a list that is kept, and of all of them
 CHUNK = 256 << 10
+_SHOWN = 60  # characters of a name in a message
 
 Value = int | float | str | tuple[int | float, ...]
 
@@ -50,6 +51,7 @@ class Contents:
 
     values: dict[str, Value] = field(default_factory=dict)
     tensor_bytes: int = 0
+    expert_bytes: int = 0
     named: dict[str, tuple[int, int]] = field(default_factory=dict)  # ggml_type, bytes
 
 
@@ -166,7 +168,7 @@ def _read_pair(reader: _Reader, values: dict[str, Value], wanted: re.Pattern[str
     key, kind = reader.text(), reader.u32()
     keep = wanted.fullmatch(key) is not None
     if key in values:
-        raise reader.fail(f"has the key {key} twice")
+        raise reader.fail(f"has the key {key[:_SHOWN]!r} twice")
     if kind == _STRING:
         if key == "tokenizer.chat_template":
             values[key] = 1
@@ -182,7 +184,7 @@ def _read_pair(reader: _Reader, values: dict[str, Value], wanted: re.Pattern[str
         if keep:
             values[key] = value
     else:
-        raise reader.fail(f"is damaged: {key!r} is of type {kind}")
+        raise reader.fail(f"is damaged: {key[:_SHOWN]!r} is of type {kind}")
 
 
 def _read_list(reader: _Reader, key: str, values: dict[str, Value], keep: bool) -> None:
@@ -192,7 +194,7 @@ def _read_list(reader: _Reader, key: str, values: dict[str, Value], keep: bool) 
     if kind == _STRING:
         reader.skip_texts(count)
     elif kind not in _SCALARS:
-        raise reader.fail(f"is damaged: {key!r} is a list of type {kind}")
+        raise reader.fail(f"is damaged: {key[:_SHOWN]!r} is a list of type {kind}")
     elif keep and count <= MAX_LIST and reader.kept + count <= MAX_KEPT:
         reader.kept += count
         values[key] = struct.unpack(f"<{count}{_SCALARS[kind][1]}", reader.take(_SIZES[kind] * count))
@@ -209,7 +211,7 @@ def _read_tensors(reader: _Reader, count: int, contents: Contents, named: frozen
     for _ in range(count):
         name, n_dims = reader.text(), reader.u32()
         if n_dims > 4:
-            raise reader.fail(f"is damaged: its tensor {name!r} has {n_dims} dimensions")
+            raise reader.fail(f"is damaged: its tensor {name[:_SHOWN]!r} has {n_dims} dimensions")
         elements = 1
         for _ in range(n_dims):
             elements *= reader.u64()
@@ -218,6 +220,8 @@ def _read_tensors(reader: _Reader, count: int, contents: Contents, named: frozen
         unknown |= not per_block
         size = -(-elements // per_block) * block if per_block else 0
         contents.tensor_bytes += size
+        if name.endswith("_exps.weight"):
+            contents.expert_bytes += size
         if name in named:
             contents.named[name] = kind, size
         used = max(used, offset + size)

@@ -1,19 +1,24 @@
-"""How much memory a model will take, foretold from its header; pure.
+"""How much memory a model will take, foretold from its header and its llama-server's arguments; pure.
 
 The formulas follow llama.cpp's own sizes: K and V rows as in `llama_kv_cache`, windowed layers as in
 `llama_kv_cache_iswa`, recurrent states as in `llama_hparams::n_embd_r` and `n_embd_s`, contexts rounded to 256 cells a
-slot as in `llama_context`. The compute buffer is fitted to what build 11669 logs ("compute buffer size", flash
-attention on, as by default). Not counted: `--cache-ram`, context checkpoints, a GPU driver's own few hundred MB, and
+slot as in `llama_context`, layers on devices as in `llama_model::load_tensors`. The compute buffer is fitted to what
+build 11669 logs ("compute buffer size", flash attention on, as by default). Not counted: context checkpoints, and
 builds that keep logits for a whole batch (2 kB more per vocabulary entry).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from gateway.models.arguments import Facts
+from gateway.models.device import RAM, Device
 from gateway.models.gguf import GGUFHeader
+from gateway.models.placement import Placement, place
+from gateway.models.policy import Budget
 
-_UBATCH = 512  # llama-server's default --ubatch-size
+_MIB = 1 << 20
 # Bytes of one cached value; a type not listed is newer, and smaller than f16.
 _CACHE_BYTES = {
     "f32": 4.0,
@@ -31,6 +36,9 @@ _WINDOW_PERIODS = {"gemma2": 2, "gemma3": 6, "gemma3n": 5, "gpt-oss": 2, "cohere
 _WITHOUT_CACHE = frozenset(
     "bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 eurobert gemma-embedding".split()
 )
+_MOST_CACHE_RAM_MB = 1024  # llama-server's own default is 8 GiB
+# What build 11669 holds in RAM besides its buffers: 17 MiB of its own code and 4 of data, and the vocabulary.
+_PROCESS_BYTES, _TOKEN_BYTES = 24 * _MIB, 160
 
 
 @dataclass(frozen=True)
@@ -46,61 +54,160 @@ class Footprint:
         return self.weights_bytes + self.kv_bytes + self.compute_bytes
 
 
-def predict(
+def need(
     header: GGUFHeader,
-    ctx_total: int,
-    cache_type_k: str = "f16",
-    cache_type_v: str = "f16",
-    n_parallel: int = 1,
-    ngl: int | None = None,
-) -> Footprint:
-    """What `-c ctx_total -np n_parallel --no-kv-unified` will take: in RAM, or with `ngl` layers on GPUs, there.
+    facts: Facts,
+    devices: Sequence[Device],
+    file_bytes: int = 0,
+    measured: Mapping[str, int] | None = None,
+    multiplier: float = 1.0,
+) -> dict[str, int]:
+    """Bytes by device that a llama-server started with `facts` has to be given.
 
-    `ctx_total` 0 means the trained context, as in llama-server. Within 15 % of llama-server's own buffers for models
-    of 300 MB and more; see tests/test_ledger.py and tests/real/test_footprint.py.
+    `devices` are those that it sees, in its order (`device.visible`); `file_bytes` is the size of `facts.files`.
+    `measured` are the buffers that it told of another time; without any, what is foretold is taken `multiplier` times.
     """
-    cells = _pad(_pad(ctx_total or header.n_ctx_train) // n_parallel)
-    k, v = _CACHE_BYTES.get(cache_type_k, 2.0), _CACHE_BYTES.get(cache_type_v, 2.0)
-    window_cells = _pad(min(cells, header.sliding_window + _UBATCH))
-    windowed = False
-    kv = 0.0
+    where = place(header.n_layers, facts, devices)
+    found = dict(measured or _buffers(header, facts, where))
+    if facts.mmproj or not measured:  # of a projector llama-server tells what it computes in, not its weights
+        beside = where.gpus[0] if where.gpus and facts.mmproj_offload else RAM
+        found[beside] = found.get(beside, 0) + file_bytes
+    if not measured:
+        found = {device: round(size * multiplier) for device, size in found.items()}
+    sizes = {device.name: device.total for device in devices}
+    for gpu in where.gpus:
+        found[gpu] = found.get(gpu, 0) + context_bytes(sizes[gpu])
+    process = _PROCESS_BYTES + _TOKEN_BYTES * header.n_vocab
+    found[RAM] = found.get(RAM, 0) + facts.cache_ram_mb * _MIB + process
+    return {device: size for device, size in found.items() if size}
+
+
+def context_bytes(total: int) -> int:
+    """What a process takes of a GPU of `total` bytes for itself, buffers aside.
+
+    Measured by others: 107 MiB of 16 GB (RTX 4060 Ti), 555 of 96 (RTX PRO 6000); it grows with the number of cores.
+    https://github.com/ggml-org/llama.cpp/pull/23604
+    """
+    return 100 * _MIB + 5 * _MIB * (total >> 30)
+
+
+def cache_ram_mb(header: GGUFHeader, ctx: int, parallel: int) -> int:
+    """For `--cache-ram`, MiB: prompts as many as the slots hold, but no more than 1024; 0 where nothing is cached."""
+    kv = predict(header, Facts(ctx_total=ctx * parallel, parallel=parallel, kv_unified=False)).kv_bytes
+    return min(_MOST_CACHE_RAM_MB, -(-kv // _MIB))
+
+
+def usable_budget(
+    devices: Sequence[Device], budget_mb: int, margin_mb: int, held: Mapping[str, int], max_models: int | None = None
+) -> Budget:
+    """What all our models together may have: on each device, and in all over the GPUs, or in RAM where there is none.
+
+    `held` is how much of each device's `total - free` is ours: what is booked on a GPU, `anonymous_bytes` in RAM; the
+    rest is others', and counts against the limit. `budget_mb` 0 means what the devices have. The margin stays free on
+    each device.
+    """
+    limits = {one.name: max(0, min(one.total, one.free + held.get(one.name, 0)) - margin_mb * _MIB) for one in devices}
+    counted = frozenset(limits) - {RAM} or frozenset((RAM,))
+    in_all = sum(limits[name] for name in counted if name in limits)
+    return Budget(limits, min(in_all, budget_mb * _MIB) if budget_mb else in_all, counted, max_models)
+
+
+def predict(header: GGUFHeader, facts: Facts) -> Footprint:
+    """The buffers of a start without GPUs.
+
+    Within 15 % of llama-server's own for models of 300 MB and more; see tests/test_ledger.py and tests/real.
+    """
+    return Footprint(
+        header.tensor_bytes + _copied(header, facts),
+        round(sum(_kv_by_layer(header, facts))),
+        _compute_bytes(header, facts) + _output_bytes(header, facts),
+    )
+
+
+def _buffers(header: GGUFHeader, facts: Facts, where: Placement) -> dict[str, int]:
+    """Weights, KV and compute by device."""
+    found: dict[str, float] = dict.fromkeys((RAM, *where.gpus), 0.0)
+    experts = header.expert_bytes / header.n_layers
+    layer_bytes = max(0, header.tensor_bytes - header.embedding_bytes - header.output_bytes) / header.n_layers
+    for layer, kv in enumerate(_kv_by_layer(header, facts)):
+        in_ram = experts if layer < facts.cpu_moe and where.layers[layer] != {RAM: 1.0} else 0.0
+        found[RAM] += in_ram
+        for device, share in where.layers[layer].items():
+            found[device] += share * (layer_bytes - in_ram)
+        for device, share in where.caches[layer].items():
+            found[device] += share * kv
+    found[RAM] += header.embedding_bytes
+    output = header.embedding_bytes if header.tied else header.output_bytes
+    if where.output == RAM:
+        found[RAM] += _copied(header, facts) if header.tied else output
+    else:
+        found[where.output] += output
+    compute = _compute_bytes(header, facts)
+    for device in where.computing:
+        found[device] += compute
+    if where.computing != (RAM,):
+        found[RAM] += _host_bytes(header, facts)
+    found[RAM] += _output_bytes(header, facts)
+    return {device: round(size) for device, size in found.items()}
+
+
+def _cells(header: GGUFHeader, facts: Facts) -> tuple[int, int, int]:
+    """Cells of a whole and of a windowed cache, and how many of them there are."""
+    ctx = _pad(facts.ctx_total or header.n_ctx_train)
+    streams = 1 if facts.kv_unified else facts.parallel
+    cells = _pad(ctx // streams)
+    wanted = header.sliding_window * (facts.parallel if facts.kv_unified else 1) + _ubatch(facts)
+    return cells, cells if facts.swa_full else _pad(min(cells, wanted)), streams
+
+
+def _ubatch(facts: Facts) -> int:
+    return min(facts.ubatch or facts.batch, facts.batch)
+
+
+def _kv_by_layer(header: GGUFHeader, facts: Facts) -> list[float]:
+    k, v = _CACHE_BYTES.get(facts.cache_type_k, 2.0), _CACHE_BYTES.get(facts.cache_type_v, 2.0)
+    cells, window_cells, streams = _cells(header, facts)
+    found = []
     for layer in range(header.n_layers):
         if _is_recurrent(header, layer):
-            kv += 4 * _state_values(header)
-        elif header.architecture not in _WITHOUT_CACHE and layer < header.n_layers - header.shared_kv_layers:
-            heads, window = header.n_head_kv[layer], _is_windowed(header, layer)
-            windowed |= window
-            if window:
-                kv += heads * window_cells * (header.key_length_swa * k + header.value_length_swa * v)
-            else:
-                kv += heads * cells * (header.key_length * k + header.value_length * v)
-    kv *= n_parallel
-    batch = min(_UBATCH, cells * n_parallel)
+            found.append(4.0 * _state_values(header) * facts.parallel)
+        elif header.architecture in _WITHOUT_CACHE or layer >= header.n_layers - header.shared_kv_layers:
+            found.append(0.0)
+        elif _is_windowed(header, layer):
+            row = header.key_length_swa * k + header.value_length_swa * v
+            found.append(header.n_head_kv[layer] * window_cells * row * streams)
+        else:
+            row = header.key_length * k + header.value_length * v
+            found.append(header.n_head_kv[layer] * cells * row * streams)
+    return found
+
+
+def _compute_bytes(header: GGUFHeader, facts: Facts) -> int:
+    cells, window_cells, streams = _cells(header, facts)
+    masks = cells + window_cells * any(_is_windowed(header, layer) for layer in range(header.n_layers))
+    batch = min(_ubatch(facts), cells * streams)
     # Three rows of a feed-forward and five of an embedding live at once, and the attention masks in f16.
-    compute = batch * (4 * (3 * header.n_ff + 5 * header.n_embd) + 2 * (cells + windowed * window_cells))
-    if ngl is None:
-        copied = header.embedding_bytes if header.tied and header.embedding_type in _REPACKED else 0
-        outputs = 4 * header.n_vocab * n_parallel
-        return Footprint(header.tensor_bytes + copied, round(kv), compute + outputs)
-    share = min(ngl, header.n_layers + 1) / (header.n_layers + 1)
-    # The embedding stays in RAM; where the output is tied to it, the GPU gets a copy.
-    weights = header.tensor_bytes - (0 if header.tied else header.embedding_bytes)
-    return Footprint(round(weights * share), round(kv * share), compute if share else 0)
+    compute = batch * (4 * (3 * header.n_ff + 5 * header.n_embd) + 2 * masks)
+    if facts.flash:
+        return compute
+    # Without flash attention all scores of a layer live at once, and the masks in f32.
+    rows = 3 * header.n_embd + 3 * header.n_head * header.key_length + 2 * max(header.n_head_kv) * header.key_length
+    return max(compute, batch * 4 * (rows + header.n_head * cells + masks))
 
 
-def fit_parallel(
-    header: GGUFHeader,
-    ctx_per_request: int,
-    available_bytes: int,
-    margin_bytes: int,
-    wanted: int = 4,
-    ngl: int | None = None,
-) -> int:
-    """As many slots of `ctx_per_request` as fit beside the margin, `wanted` at most; 1 if not even that fits."""
-    for slots in range(wanted, 1, -1):
-        if predict(header, ctx_per_request * slots, n_parallel=slots, ngl=ngl).total + margin_bytes <= available_bytes:
-            return slots
-    return 1
+def _host_bytes(header: GGUFHeader, facts: Facts) -> int:
+    """What the CPU keeps to feed GPUs: embedded tokens and the masks."""
+    cells, window_cells, streams = _cells(header, facts)
+    batch = min(_ubatch(facts), cells * streams)
+    return batch * (8 * header.n_embd + 2 * (cells + window_cells))
+
+
+def _output_bytes(header: GGUFHeader, facts: Facts) -> int:
+    return 4 * header.n_vocab * facts.parallel
+
+
+def _copied(header: GGUFHeader, facts: Facts) -> int:
+    return header.embedding_bytes if header.tied and facts.repack and header.embedding_type in _REPACKED else 0
 
 
 def _pad(cells: int) -> int:

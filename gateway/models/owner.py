@@ -7,11 +7,10 @@ import contextlib
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
 from typing import Any
 
 from gateway.backend import Backend
-from gateway.errors import CorralError, ModelFailed, ModelLoading, ShuttingDown
+from gateway.errors import BadRequest, CorralError, ModelFailed, ModelLoading, ShuttingDown
 from gateway.events import Events
 from gateway.models.registry import ModelSpec
 from gateway.state import Board, ModelState
@@ -28,19 +27,34 @@ class Lease:
         self._owner = owner
         self.generation = 0
 
+    async def __aenter__(self) -> Lease:
+        self._owner.lease_taken()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._owner.lease_ended(self.generation)
+
     async def backend(self, deadline: float) -> Backend:
         """The model's server, loaded if need be; `deadline` is on the loop's clock.
 
-        Raises ModelLoading at the deadline, ModelFailed, ShuttingDown.
+        Raises ModelLoading at the deadline, InsufficientMemory, ModelFailed, ShuttingDown.
         """
-        backend = self._owner.backend
+        owner = self._owner
+        backend = owner.backend
         if backend is None:
-            backend = await self._owner.wait_ready(deadline)
-        self.generation = self._owner.generation
+            backend = await owner.wait_ready(deadline)
+        if self.generation != owner.generation:
+            self.generation = owner.generation
+            owner.serving += 1
         return backend
 
     async def died(self) -> bool:
-        """After a connection broke: whether the server of this lease is gone, or only that connection."""
+        """After a connection broke: whether this lease's server has crashed.
+
+        It has not if only that connection broke, or if the server was unloaded without waiting.
+        """
+        if self._owner.unloaded == self.generation:
+            return False
         await self._owner.notice_death(self.generation)
         return self._owner.backend is None or self._owner.generation != self.generation
 
@@ -52,37 +66,74 @@ class Owner(ABC):
         self.spec = spec
         self.backend: Backend | None = None  # there exactly while the model is ready
         self.generation = 0  # counts the servers that this model has had
+        self.unloaded = 0  # the last of them that was unloaded on purpose
         self.leases = 0
+        self.evictions = 0
+        self.serving = 0  # the leases that have got the server of this generation
         self.slots: int | None = None
         self.ctx: int | None = None  # of one request, tokens, as the server itself reports it
+        self.last_used = time.monotonic()
+        self.kept = False  # loaded without being asked for, and again after a crash
         self._board, self._events = board, events
         self._waiting: set[asyncio.Future[None]] = set()
         self._wake = asyncio.Event()
+        self._free: asyncio.Event | None = None
         self._wanted = False
         self._closing = False
         self._task: asyncio.Task[None] | None = None
-        self._last_used = time.monotonic()
+
+    @property
+    def id(self) -> str:
+        return self.spec.id
 
     @property
     def state(self) -> ModelState:
         return self._board.models[self.spec.id].state
 
-    @contextlib.asynccontextmanager
-    async def lease(self) -> AsyncIterator[Lease]:
+    @property
+    def detail(self) -> str | None:
+        return self._board.models[self.spec.id].detail
+
+    def lease(self) -> Lease:
+        return Lease(self)
+
+    def lease_taken(self) -> None:
         self.leases += 1
         self.want()
-        try:
-            yield Lease(self)
-        finally:
-            self.leases -= 1
-            self._last_used = time.monotonic()
-            self._board.models[self.spec.id].last_used_at = time.time()
+
+    def lease_ended(self, generation: int) -> None:
+        """`generation` is that of the server which it had got, 0 for none."""
+        self.leases -= 1
+        if generation and generation == self.generation:
+            self.serving -= 1
+        self.last_used = time.monotonic()
+        self._board.models[self.spec.id].last_used_at = time.time()
+        if not self.leases:
+            self._unused()
+            if self._free is not None:
+                self._free.set()
+
+    async def unused(self) -> None:
+        """Until nobody holds a lease."""
+        self._free = asyncio.Event()
+        while self.leases:
+            self._free.clear()
+            await self._free.wait()
+        self._free = None
 
     def want(self) -> None:
         """Ask for the model to be loaded; returns at once."""
         if not self._wanted:
             self._wanted = True
             self._wake.set()
+
+    def load(self) -> None:
+        """Ask for the model to be loaded although no request waits for it; returns at once."""
+        self.want()
+
+    def change(self, spec: ModelSpec) -> None:
+        """It is configured otherwise: what runs goes on, and what starts from now on is as `spec` says."""
+        self.spec = spec
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._supervised(), name=f"model {self.spec.id}")
@@ -97,21 +148,20 @@ class Owner(ABC):
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
         if self.state is not ModelState.FAILED:
-            self._set(ModelState.OFF, pid=None, load_progress=None)
+            self._set(ModelState.OFF, pid=None, port=None, load_progress=None, detail=None)
 
     async def wait_ready(self, deadline: float) -> Backend:
         """Wait for the load that all who wait share."""
         while self.backend is None:
             self._raise_if_hopeless()
+            self.want()
             waiter = asyncio.get_running_loop().create_future()
             self._waiting.add(waiter)
             try:
                 async with asyncio.timeout_at(deadline):
                     await waiter
             except TimeoutError:
-                progress = self._board.models[self.spec.id].load_progress
-                about = f" ({progress:.0%} loaded)" if progress else ""
-                raise ModelLoading(f"{self.spec.id} is still loading{about}", retry_after=5) from None
+                raise self._too_late() from None
             finally:
                 self._waiting.discard(waiter)
         return self.backend
@@ -128,7 +178,28 @@ class Owner(ABC):
     async def _live(self) -> None:
         """The owner's task: serve while wanted, until cancelled."""
 
+    async def eject(self, force: bool) -> None:
+        """Unload it when its running requests have come to their ends, or, with `force`, at once.
+
+        Returns when it is off; requests that come meanwhile load it again. Raises BadRequest.
+        """
+        raise BadRequest(f"{self.spec.id} is served by another machine: it cannot be unloaded from here")
+
+    @abstractmethod
+    def reset(self) -> None:
+        """What failed is off again, and may be tried anew."""
+
     # --- for subclasses
+
+    @abstractmethod
+    def _unused(self) -> None:
+        """The last lease has ended."""
+
+    def _too_late(self) -> CorralError:
+        """For one whose deadline came before the model was ready."""
+        progress = self._board.models[self.spec.id].load_progress
+        about = f" ({progress:.0%} loaded)" if progress else ""
+        return ModelLoading(f"{self.spec.id} is still loading{about}", retry_after=5)
 
     def _set(self, state: ModelState, **changes: Any) -> None:
         self._board.set_model(self.spec.id, state, **changes)
@@ -136,7 +207,8 @@ class Owner(ABC):
     async def _ready(self, backend: Backend) -> None:
         await self._learn(backend)
         self.generation += 1
-        self._last_used = time.monotonic()
+        self.serving = 0
+        self.last_used = time.monotonic()
         self.backend = backend
         self._set(ModelState.READY, load_progress=1.0, error_message=None, slots=self.slots, started_at=time.time())
         self._settle_waiting(None)
@@ -154,7 +226,8 @@ class Owner(ABC):
 
     def _failed(self, message: str) -> None:
         self._not_ready()
-        self._set(ModelState.FAILED, error_message=message, load_progress=None, pid=None)
+        self._wanted = False
+        self._set(ModelState.FAILED, error_message=message, load_progress=None, pid=None, detail=None)
         self._events.emit("model.failed", f"{self.spec.id}: {message}", logging.ERROR, model=self.spec.id)
         self._settle_waiting(ModelFailed(f"{self.spec.id} has failed: {message}", retry_after=60))
 

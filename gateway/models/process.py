@@ -7,14 +7,13 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
+from gateway.models.output import Output
+
 KILL_AFTER_SECONDS = 10.0
 OUTPUT_SECONDS = 1.0  # for the last lines of a process that has ended
-_TAIL_LINES = 40
 
 
 class Process(asyncio.SubprocessProtocol):
@@ -23,13 +22,10 @@ class Process(asyncio.SubprocessProtocol):
     Its output comes in whole reads, goes to `output`, and the last lines are kept to explain an exit.
     """
 
-    def __init__(self, output: Callable[[bytes], None]) -> None:
+    def __init__(self, output: Output) -> None:
         self._output = output
-        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
-        self._partial = b""
         self._transport: asyncio.SubprocessTransport | None = None
         self._exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._ended = asyncio.Event()  # exited, and all of its output is read
 
     @classmethod
     async def spawn(
@@ -40,17 +36,24 @@ class Process(asyncio.SubprocessProtocol):
         The parent-death signal is set by setpriv and fires when the *thread* that spawned ends: call this from the
         main thread.
         """
-        loop = asyncio.get_running_loop()
-        _, process = await loop.subprocess_exec(
-            lambda: cls(output),
-            *parent_death_prefix(),
-            *argv,
-            env=dict(environment),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,
-        )
+        reader = Output(output)
+        writable = await reader.open()
+        try:
+            _, process = await asyncio.get_running_loop().subprocess_exec(
+                lambda: cls(reader),
+                *parent_death_prefix(),
+                *argv,
+                env=dict(environment),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=writable,
+                stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except BaseException:
+            reader.close()
+            raise
+        finally:
+            os.close(writable)
         return process
 
     @property
@@ -69,11 +72,17 @@ class Process(asyncio.SubprocessProtocol):
 
     @property
     def last_lines(self) -> list[str]:
-        return [*self._tail, self._partial.decode(errors="replace")] if self._partial else list(self._tail)
+        return self._output.last_lines
 
     async def wait(self) -> int:
         """The exit status; negative for a signal."""
         return await asyncio.shield(self._exited)
+
+    async def ended_within(self, seconds: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.wait()
+        return not self.running
 
     async def stop(self, kill_after: float = KILL_AFTER_SECONDS) -> int:
         """SIGTERM, and SIGKILL to the whole group after `kill_after` seconds. If cancelled, it kills at once."""
@@ -95,7 +104,8 @@ class Process(asyncio.SubprocessProtocol):
         """Read its last output and close the transport; a grandchild that holds the pipe open is not waited for."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(OUTPUT_SECONDS):
-                await self._ended.wait()
+                await self._output.ended.wait()
+        self._output.close()
         if self._transport is not None:
             self._transport.close()
 
@@ -122,17 +132,9 @@ class Process(asyncio.SubprocessProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.SubprocessTransport, transport)
 
-    def pipe_data_received(self, fd: int, data: bytes) -> None:
-        self._output(data)
-        lines = (self._partial + data).split(b"\n")
-        self._partial = lines.pop()[-4096:]
-        self._tail.extend(line.decode(errors="replace") for line in lines[-_TAIL_LINES:])
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._ended.set()
-
     def process_exited(self) -> None:
         assert self._transport is not None
+        self._output.hurry()
         status = self._transport.get_returncode()
         if not self._exited.done():
             self._exited.set_result(status if status is not None else -signal.SIGKILL)
@@ -162,16 +164,3 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:  # a real-time signal
         return f"signal {number}"
-
-
-def free_port(preferred: int | None = None) -> int:
-    """`preferred` if nobody listens on it, else any free port of 127.0.0.1."""
-    for port in (preferred, 0) if preferred else (0,):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port or 0))
-            except OSError:
-                continue
-            return cast(int, probe.getsockname()[1])
-    raise OSError("no free port on 127.0.0.1")

@@ -19,10 +19,10 @@ _HEALTH_SECONDS = 5.0
 
 
 class RemoteOwner(Owner):
-    def __init__(self, spec: ModelSpec, board: Board, events: Events, connect: Callable[[str], Backend]) -> None:
+    def __init__(self, spec: ModelSpec, board: Board, events: Events, connect: Callable[[ModelSpec], Backend]) -> None:
         super().__init__(spec, board, events)
         assert spec.url is not None
-        self._server = connect(spec.url)
+        self._server = connect(spec)
         self._shown = spec.url.partition("://")[0] + "://" + spec.url.partition("://")[2].rpartition("@")[2]
 
     @property
@@ -36,11 +36,20 @@ class RemoteOwner(Owner):
     def kill(self) -> None:
         return  # it is not ours
 
+    def reset(self) -> None:
+        self._wake.set()  # to look at once
+
+    def _unused(self) -> None:
+        return
+
     async def notice_death(self, generation: int) -> None:
         if self.backend is not None and generation == self.generation and not await self._healthy():
             self._gone()
 
     async def _live(self) -> None:
+        if self.spec.problem:
+            self._failed(self.spec.problem)
+            return
         self._set(ModelState.LOADING)
         while True:
             healthy = await self._healthy()

@@ -6,42 +6,53 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from gateway.errors import CorralError, TooManyRequests
 from gateway.metrics import Metrics
 from gateway.pipeline.call import Call
 from gateway.pipeline.dialects import Dialect
-from gateway.pipeline.usage import Usage, usage_of_body, usage_of_stream
+from gateway.pipeline.usage import NO_USAGE, Usage, usage_of_body, usage_of_stream
 
 log = logging.getLogger("corral.requests")
 
 HEAD_BYTES, TAIL_BYTES = 4096, 8192
+MOST_HELD = TAIL_BYTES + HEAD_BYTES
 CLIENT_LEFT = 499  # nginx's code; in records and metrics only
 
 
 class Meter:
-    """Sees an answer's payload go by and keeps its head, its tail and its counts. Costs about 1 µs a token."""
+    """Sees an answer's payload go by and keeps its head, its tail and its counts. Costs about 0.5 µs a token."""
 
-    __slots__ = ("_clock", "bytes", "first_at", "frames", "head", "tail")
+    __slots__ = ("_clock", "_held", "_last", "bytes", "first_at", "frames", "head")
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self.reset()
-
-    def reset(self) -> None:
-        self.bytes = self.frames = 0
-        self.head = self.tail = b""
+        self.bytes = self.frames = self._held = 0
+        self.head = b""
+        self._last: list[bytes] = []  # pieces, the tail at least; they are put together only when there are many
         self.first_at: float | None = None
 
     def see(self, payload: bytes) -> None:
-        if self.first_at is None:
-            self.first_at = self._clock()
-        self.bytes += len(payload)
+        size = len(payload)
+        if self.bytes < HEAD_BYTES:
+            if self.first_at is None:
+                self.first_at = self._clock()
+            self.head += payload[: HEAD_BYTES - self.bytes]
+        self.bytes += size
         self.frames += payload.count(b"data:")
-        if len(self.head) < HEAD_BYTES:
-            self.head += payload[: HEAD_BYTES - len(self.head)]
-        self.tail = payload[-TAIL_BYTES:] if len(payload) >= TAIL_BYTES else (self.tail + payload)[-TAIL_BYTES:]
+        self._last.append(payload)
+        self._held += size
+        if self._held > MOST_HELD:
+            self._last = [self.tail]
+            self._held = TAIL_BYTES
+
+    @property
+    def tail(self) -> bytes:
+        """The last TAIL_BYTES that went by, or all of it."""
+        if len(self._last) > 1:
+            self._last = [b"".join(self._last)]
+        return self._last[0][-TAIL_BYTES:] if self._last else b""
 
     def usage(self, dialect: Dialect, streamed: bool) -> Usage:
         if streamed:
@@ -70,7 +81,28 @@ class Record:
     load_ms: float = 0.0
     ttft_ms: float | None = None
     duration_ms: float = 0.0
-    usage: Usage = field(default_factory=Usage)
+    usage: Usage = NO_USAGE
+
+
+_LINE = logging.LogRecord(log.name, logging.INFO, __file__, 0, "", (), None, "close").__dict__
+
+
+class Line(logging.LogRecord):
+    """A record's line in the log, put into words by the thread that writes it; a usual one costs ten times as much."""
+
+    def __init__(self, record: Record, now: float) -> None:
+        self.__dict__.update(_LINE)
+        self.record = record
+        self.created = now
+        self.request_id, self.key_id, self.model = record.request_id, record.key_id, record.model
+
+    def getMessage(self) -> str:
+        record = self.record
+        error = f", {record.error}" if record.error else ""
+        return (
+            f"{record.method} {record.route} {record.status} {record.duration_ms:.1f} ms, queue {record.queue_ms:.1f}, "
+            f"tokens {record.usage.prompt}+{record.usage.completion}{error}"
+        )
 
 
 class Accounts:
@@ -79,17 +111,19 @@ class Accounts:
     def __init__(self, metrics: Metrics, clock: Callable[[], float]) -> None:
         self._metrics = metrics
         self.clock = clock
+        self._series: dict[tuple[str, str, int, str, str], _Series] = {}
         self.active = 0
         self.idle = asyncio.Event()  # set while nothing runs
         self.idle.set()
+        metrics.active.set_function(lambda: self.active)
 
     def meter(self) -> Meter:
         return Meter(self.clock)
 
     def open(self, call: Call) -> Record:
-        self._metrics.active.inc()
         self.active += 1
-        self.idle.clear()
+        if self.active == 1:
+            self.idle.clear()
         return Record(
             ts=time.time(),
             request_id=call.request_id,
@@ -117,38 +151,46 @@ class Accounts:
             record.ttft_ms = (meter.first_at - call.received_at) * 1000
             record.usage = meter.usage(call.route.dialect, streamed)
         self._count(record, call, meter, now, streamed)
-        log.info(
-            "%s %s %d %.1f ms, queue %.1f, tokens %d+%d%s",
-            call.method,
-            record.route,
-            record.status,
-            record.duration_ms,
-            record.queue_ms,
-            record.usage.prompt,
-            record.usage.completion,
-            f", {record.error}" if record.error else "",
-            extra={"request_id": record.request_id, "key_id": record.key_id, "model": record.model},
-        )
+        if log.isEnabledFor(logging.INFO):
+            log.callHandlers(Line(record, time.time()))
 
     def _count(self, record: Record, call: Call, meter: Meter, now: float, streamed: bool) -> None:
         metrics, model, usage = self._metrics, record.model, record.usage
-        metrics.active.dec()
-        metrics.count_request(record.route, call.method, record.status, model)
-        metrics.duration.labels(record.route).observe(record.duration_ms / 1000)
-        metrics.key_requests.labels(record.key_id).inc()
+        kind = (record.route, call.method, record.status, model, record.key_id)
+        series = self._series.get(kind)
+        if series is None:
+            series = self._series[kind] = _Series(metrics, *kind)
+        series.requests.value += 1
+        series.key_requests.value += 1
+        series.duration.observe(record.duration_ms / 1000)
         if record.status == TooManyRequests.status and record.error is not None:
             metrics.rate_limited.labels(record.error).inc()
         if meter.first_at is None:
             return
-        metrics.bytes_sent.inc(meter.bytes)
+        series.bytes_sent.value += meter.bytes
         if streamed and call.route.dialect.generates:
             metrics.first_token.labels(model).observe(meter.first_at - call.received_at)
             if usage.completion > 1:
                 metrics.per_token.labels(model).observe((now - meter.first_at) / (usage.completion - 1))
-        for direction, count in (("in", usage.prompt), ("out", usage.completion), ("cached", usage.cached)):
-            if count:
-                metrics.tokens.labels(direction, model).inc(count)
-                metrics.key_tokens.labels(record.key_id, direction).inc(count)
+        if usage is not NO_USAGE:
+            for total, of_key, count in zip(series.tokens, series.key_tokens, usage.counts(), strict=True):
+                total.value += count
+                of_key.value += count
+
+
+class _Series:
+    """The metrics that one kind of request is counted in, looked up once."""
+
+    __slots__ = ("bytes_sent", "duration", "key_requests", "key_tokens", "requests", "tokens")
+
+    def __init__(self, metrics: Metrics, route: str, method: str, status: int, model: str, key_id: str) -> None:
+        self.requests = metrics.requests.labels(route, method, str(status), model)
+        self.key_requests = metrics.key_requests.labels(key_id)
+        self.duration = metrics.duration.labels(route)
+        self.bytes_sent = metrics.bytes_sent.labels()
+        directions = ("in", "out", "cached") if model else ()
+        self.tokens = [metrics.tokens.labels(direction, model) for direction in directions]
+        self.key_tokens = [metrics.key_tokens.labels(key_id, direction) for direction in directions]
 
 
 def note_failure(record: Record, error: CorralError) -> None:

@@ -4,7 +4,8 @@ Why: llama-server compiles them recursively, nested deeply enough they end the w
 ones block it for minutes (#25895), and small ones can grow without end; see `expansion`. Seen on build 11669: a grammar
 of 120 KB of brackets: SIGSEGV; a schema of 60,000 lists in one another: SIGSEGV; `minLength` above `maxLength`: hangs,
 5 GB after 6 s; references that double forty times: hangs; 30 lists in one another, each of `"type": ["array",
-"array"]`: hangs, 3 GB after 10 s; 2,000 properties in one object: 13 s of a core.
+"array"]`: hangs, 3 GB after 10 s; 2,000 properties in one object: 13 s of a core; an integer with `"minimum":
+9007199254740991`: hangs.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ MAX_REFERENCES = 64  # from one to the next
 # Strings, character classes and comments are skipped; groups are looked at.
 _GBNF = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*|(?P<group>[()])', re.DOTALL)
 _COUNTS = (("minItems", "maxItems"), ("minLength", "maxLength"), ("minProperties", "maxProperties"))
+# An integer of 16 digits or its opposite as the only bound: hangs; 10^15 does not. What does not fit into
+# 64 bits wraps around.
+MAX_INTEGER = 10**15
+_LOWER, _UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
 _CHOICES = ("anyOf", "oneOf", "allOf")
 
 
@@ -72,6 +77,8 @@ def _check_node(node: dict[str, Any], param: str) -> None:
                 raise BadRequest(f"{param} repeats something more than {MAX_REPETITION} times", param=param)
         if low is not None and high is not None and low > high:
             raise BadRequest(f"{param} has {least} {low} above {most} {high}", param=param)
+    if "integer" in (kind := node.get("type"), *_listed(kind)):
+        _check_range(node, param)
     pattern = node.get("pattern")
     if isinstance(pattern, str):
         depth = 0
@@ -79,6 +86,15 @@ def _check_node(node: dict[str, Any], param: str) -> None:
             depth += (character == "(") - (character == ")")
             _check_depth(depth, param)
         _told(check_regex, pattern, param)
+
+
+def _check_range(node: dict[str, Any], param: str) -> None:
+    for name in _LOWER + _UPPER:
+        value = node.get(name)
+        if not isinstance(value, int | float):
+            continue
+        if (value if name in _LOWER else -value) > MAX_INTEGER or not -(2**63) <= value < 2**63:
+            raise BadRequest(f"{param} has an integer whose {name} is {value}, which is too far from 0", param=param)
 
 
 class _Ways:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -16,6 +17,7 @@ Fields = dict[str, msgspec.Raw]
 T = TypeVar("T")
 
 _decoder = msgspec.json.Decoder(Fields)
+TOKEN_BOUNDS = frozenset({"n_predict", "max_completion_tokens", "max_tokens", "max_output_tokens"})
 _NUMBER = re.compile(rb"[-0-9]")
 _TOKENS = re.compile(rb"\[\s*[-0-9]")
 
@@ -60,7 +62,8 @@ def parse_json_object(body: bytes) -> Fields:
     llama-server never reads it differently from us.
     """
     try:
-        body.decode()  # raw values are not checked for UTF-8 by the decoder
+        if not body.isascii():
+            body.decode()  # raw values are not checked for UTF-8 by the decoder
         return _decoder.decode(body)
     except UnicodeDecodeError as error:
         raise InvalidJSON(f"the body is not UTF-8 (byte {error.start})") from None
@@ -80,6 +83,22 @@ def decoded(fields: Fields) -> dict[str, object]:
         raise InvalidJSON(f"the body is not valid JSON: {error}") from None
 
 
+def fill_in(call: Call, defaults: Mapping[str, Any]) -> None:
+    """The model's own defaults, where the request is silent; null is silence. Raises BadRequest.
+
+    A request that bounds its answer under another name is not silent about that.
+    """
+    bounded = any(_is_said(call.fields, name) for name in TOKEN_BOUNDS)
+    for name, value in defaults.items():
+        if not _is_said(call.fields, name) and not (bounded and name in TOKEN_BOUNDS):
+            call.fields[name] = msgspec.Raw(msgspec.json.encode(value))
+    call.places = take_places(call.fields)
+
+
+def _is_said(fields: Fields, name: str) -> bool:
+    return name in fields and bytes(fields[name]) != b"null"
+
+
 def take_model(fields: Fields) -> str | None:
     return typed_field(fields, "model", str, "a string")
 
@@ -92,6 +111,8 @@ def take_places(fields: Fields) -> int:
     """How many slots it takes: one for each of `n` answers to each of its prompts."""
     prompts = count_prompts(fields["prompt"], "prompt") if "prompt" in fields else 1
     for name in ("n_cmpl", "n"):  # llama-server lets the first one override the other
+        if name not in fields:
+            continue
         n = typed_field(fields, name, int, "a whole number")
         if n is None:
             continue
@@ -118,8 +139,10 @@ def count_prompts(raw: msgspec.Raw, name: str) -> int:
 
 def typed_field(fields: Fields, name: str, kind: type[T], allowed: str) -> T | None:
     """The value of one field, or None where it is absent or null. Raises BadRequest."""
-    raw = fields.get(name)
-    if raw is None or bytes(raw) == b"null":
+    if name not in fields:
+        return None
+    raw = fields[name]
+    if bytes(raw) == b"null":
         return None
     try:
         return msgspec.json.decode(raw, type=kind)

@@ -31,9 +31,10 @@ class Dialect(enum.Enum):
     COUNT_TOKENS = "count_tokens"
     TRANSCRIPTIONS = "transcriptions"
 
-    @property
-    def generates(self) -> bool:
-        return self in _GENERATING
+    __hash__ = object.__hash__  # each is there once; Enum's own looks its name up, and requests ask often
+
+    def __init__(self, value: str) -> None:
+        self.generates = value in ("chat", "completions", "native", "responses", "messages")
 
     def ask_stream(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """`request` as llama-server gets it when we want a stream of it to assemble; see `assemble.assembler`."""
@@ -104,7 +105,6 @@ class Dialect(enum.Enum):
         return b"data: " + msgspec.json.encode({"error": error}) + b"\n\n"
 
 
-_GENERATING = frozenset({Dialect.CHAT, Dialect.COMPLETIONS, Dialect.NATIVE, Dialect.RESPONSES, Dialect.MESSAGES})
 _RESPONSE_ENDS = (b"event: response.completed\n", b"event: response.incomplete\n", b"event: response.failed\n")
 
 

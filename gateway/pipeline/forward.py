@@ -17,13 +17,15 @@ from gateway.models.manager import Manager
 from gateway.models.owner import Lease
 from gateway.models.registry import ModelSpec
 from gateway.pipeline.account import CLIENT_LEFT, Accounts, Record, note_failure
-from gateway.pipeline.call import Call, Fields, decoded
+from gateway.pipeline.call import Call, Fields, decoded, fill_in
+from gateway.pipeline.dialects import Dialect
 from gateway.pipeline.fetch import MediaFetcher
 from gateway.pipeline.media import Media, find_media
 from gateway.pipeline.progress import PROGRESS_FIELD, TELL_PROGRESS, ask_progress
 from gateway.pipeline.quarantine import Quarantine, guilty
 from gateway.pipeline.shield import bound_answer, shielded
 from gateway.pipeline.splice import Answer
+from gateway.pipeline.turns import LARGE_BYTES, Turns
 from gateway.pipeline.whole import WholeAnswer
 from gateway.refusals import translate_error
 from gateway.settings import Settings
@@ -32,7 +34,7 @@ from gateway.stores.keyfile import Key
 LONG_ANSWER_TOKENS = 32
 LONG_PROMPT_BYTES = 16 * 1024
 MAX_ERROR_BYTES = 1024 * 1024
-_NO_PLACE = frozenset({"tokenize", "detokenize", "apply-template", "count_tokens"})
+_NO_PLACE = frozenset({Dialect.TOKENIZE, Dialect.DETOKENIZE, Dialect.APPLY_TEMPLATE, Dialect.COUNT_TOKENS})
 
 
 class Spine:
@@ -51,6 +53,7 @@ class Spine:
         self._accounts = accounts
         self._quarantine = Quarantine(accounts.clock)
         self._fetcher = MediaFetcher()
+        self.turns = Turns()
         self._running: set[asyncio.Task[object]] = set()
 
     async def forward(self, call: Call, answer: Answer) -> None:
@@ -77,13 +80,22 @@ class Spine:
             spec = self._manager.registry.resolve(call.model)  # 1
             record.model = spec.id
             authorise(call.key, spec)  # 2
+            if spec.defaults and call.raw is None:
+                fill_in(call, spec.defaults)
+            if call.size > LARGE_BYTES:
+                await self.turns.take()
             fields = shielded(call)  # 3
+            if call.size > LARGE_BYTES:
+                await self.turns.take()
             media = find_media(fields, call.route.dialect, allow_remote=self._settings.allow_remote_media)
             per_minute = call.key.rpm if call.key.rpm is not None else self._settings.max_requests_per_minute
             reservation = self._limits.reserve(call.caller, per_minute)  # 4
             call.headers_out.extend(reservation.headers())
             try:
-                fields = await self._with_media(call, media)
+                if media.remote:
+                    fields = await self._with_media(call, media)
+                else:
+                    fields = media.fields
                 streamed = await self._admitted(call, fields, spec, answer, record)
             except (Unavailable, asyncio.CancelledError):
                 if answer.meter.first_at is None:  # it was not served: it costs nothing
@@ -113,8 +125,7 @@ class Spine:
     async def _with_media(self, call: Call, media: Media) -> Fields:
         """The fields with what their URLs refer to in place of the URLs, fetched before a place is taken for them."""
         fields = await media.inlined(self._fetcher)
-        if media.remote:
-            call.size = max(call.size, sum(memoryview(value).nbytes for value in fields.values()))
+        call.size = max(call.size, sum(memoryview(value).nbytes for value in fields.values()))
         return fields
 
     async def _admitted(self, call: Call, fields: Fields, spec: ModelSpec, answer: Answer, record: Record) -> bool:
@@ -123,7 +134,7 @@ class Spine:
         asked_at = loop.time()
         wait = self._settings.queue_timeout_seconds
         deadline = call.received_at + (wait if call.max_wait is None else min(wait, call.max_wait))
-        places = 0 if call.route.dialect.value in _NO_PLACE else call.places
+        places = 0 if call.route.dialect in _NO_PLACE else call.places
         async with self._queues[spec.id].place(Ticket(call.caller, places, call.size, deadline)):  # 5
             placed_at = loop.time()
             self._accounts.placed(record, placed_at - asked_at)
@@ -136,7 +147,8 @@ class Spine:
     async def _stream(
         self, call: Call, fields: Fields, spec: ModelSpec, lease: Lease, answer: Answer, deadline: float
     ) -> bool:
-        backend = await lease.backend(deadline)
+        if call.size > LARGE_BYTES:
+            await self.turns.take()
         upstream = self._prepared(call, fields, self._manager.owners[spec.id].ctx or self._settings.ctx)
         headers = [("traceparent", call.traceparent), ("x-request-id", call.request_id)]
         for last_try in (False, True):
@@ -214,5 +226,5 @@ def is_long(call: Call, bound: int) -> bool:
 
 def authorise(key: Key, spec: ModelSpec) -> None:
     """Raises ModelNotAllowed."""
-    if not key.may_use(spec.id):
+    if "*" not in key.models and not key.may_use(spec.id):
         raise ModelNotAllowed(f"the key {key.id} may not use the model {spec.id}", param="model")

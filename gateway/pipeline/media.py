@@ -20,6 +20,7 @@ from gateway.errors import BadRequest
 from gateway.pipeline.addresses import Refused, parse_target
 from gateway.pipeline.call import Fields
 from gateway.pipeline.dialects import Dialect
+from gateway.pipeline.images import MAX_PIXELS, pixels, pixels_of_base64
 
 if TYPE_CHECKING:
     from gateway.pipeline.fetch import MediaFetcher
@@ -86,12 +87,16 @@ class Media:
     fields: Fields
     remote: list[Reference] = field(default_factory=list)
     roots: dict[str, Any] = field(default_factory=dict)  # the decoded fields, which the references point into
+    pixels: int = 0  # of all its images, without what has still to be fetched
 
     async def inlined(self, fetcher: MediaFetcher) -> Fields:
         """The fields with the media in the place of its URLs. Raises BadRequest, QueueFull."""
         if not self.remote:
             return self.fields
         for reference, (media_type, data) in zip(self.remote, await fetcher.fetch(self.remote), strict=True):
+            self.pixels += pixels(data)
+            if self.pixels > MAX_PIXELS:
+                raise BadRequest(f"{reference.param}: {_TOO_LARGE}", param=reference.param)
             reference.put(media_type, data)
         return self.fields | _encoded(self.roots)
 
@@ -112,7 +117,8 @@ def find_media(fields: Fields, dialect: Dialect, *, allow_remote: bool) -> Media
             finder.prompts(raw, name)
     if not finder.roots:
         return Media(fields)
-    return Media(fields if finder.remote else fields | _encoded(finder.roots), finder.remote, finder.roots)
+    known = fields if finder.remote else fields | _encoded(finder.roots)
+    return Media(known, finder.remote, finder.roots, finder.pixels)
 
 
 class _Finder:
@@ -120,6 +126,7 @@ class _Finder:
         self.allow_remote = allow_remote
         self.remote: list[Reference] = []
         self.roots: dict[str, Any] = {}
+        self.pixels = 0
 
     def prompts(self, raw: msgspec.Raw, name: str) -> None:
         holder: dict[str, Any] = {name: raw}
@@ -211,12 +218,20 @@ class _Finder:
                 raise _wrong(path, "a data: URL must begin with data:, then image/…, audio/… or video/…, then ;base64,")
             if not is_base64(data):
                 raise _wrong(path, "its data: URL holds no valid base64")
+            self.weigh(data, path)
         elif text[:7].lower() == "http://" or text[:8].lower() == "https://":
             self.refer(Reference(text, _shown(path), holder, key, bare), path)
         elif not bare:
             raise _wrong(path, "only data: URLs and public http(s) URLs are allowed" if self.allow_remote else _ONLY)
         elif not is_base64(text) or text.startswith("http"):  # what begins so llama-server would try to fetch
             raise _wrong(path, "it must be base64")
+        else:
+            self.weigh(text, path)
+
+    def weigh(self, base64: str, path: Path) -> None:
+        self.pixels += pixels_of_base64(base64)
+        if self.pixels > MAX_PIXELS:
+            raise _wrong(path, _TOO_LARGE)
 
     def refer(self, reference: Reference, path: Path) -> None:
         if not self.allow_remote:
@@ -230,6 +245,7 @@ class _Finder:
             raise _wrong(path, f"at most {MAX_REFERENCES} URLs are fetched for one request")
 
 
+_TOO_LARGE = f"the images of one request may have {MAX_PIXELS // 1_000_000} megapixels at most, all together"
 _ONLY = "only data: URLs are allowed; this server fetches no media (its operator can set ALLOW_REMOTE_MEDIA=true)"
 
 

@@ -7,15 +7,40 @@ again one at a time: a second crash then names its cause, and nobody else is pun
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 from gateway.errors import BackendError, QueueTimeout
 
 REMEMBERED_SECONDS = 600.0
 MAX_REMEMBERED = 1024
+
+
+class Trial:
+    """A try, alone where there is a lock."""
+
+    __slots__ = ("_deadline", "_lock")
+
+    def __init__(self, lock: asyncio.Lock | None, deadline: float) -> None:
+        self._lock, self._deadline = lock, deadline
+
+    async def __aenter__(self) -> bool:
+        if self._lock is None:
+            return False
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                await self._lock.acquire()
+        except TimeoutError:
+            raise QueueTimeout("llama-server has died, and others are tried again first", retry_after=5) from None
+        return True
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+
+_FREE = Trial(None, 0.0)  # nearly all
 
 
 class Quarantine:
@@ -34,29 +59,18 @@ class Quarantine:
         while len(self._crashes) > MAX_REMEMBERED:
             self._crashes.popitem(last=False)
 
-    @contextlib.asynccontextmanager
-    async def tried(self, model_id: str, body: bytes, deadline: float, *, suspect: bool = False) -> AsyncIterator[bool]:
+    def tried(self, model_id: str, body: bytes, deadline: float, *, suspect: bool = False) -> Trial:
         """Run a request in the block; gives whether it runs as a suspect, which means with no other suspect beside it.
 
-        Raises BackendError for one that has been found guilty, QueueTimeout where another suspect runs until
-        `deadline` (on the loop's clock).
+        Raises BackendError for one that has been found guilty, and in the block's beginning QueueTimeout where another
+        suspect runs until `deadline` (on the loop's clock).
         """
         count = self._count(model_id, body) if self._crashes else 0
         if count >= 2:
             raise guilty()
         if not count and not suspect:
-            yield False
-            return
-        lock = self._alone.setdefault(model_id, asyncio.Lock())
-        try:
-            async with asyncio.timeout_at(deadline):
-                await lock.acquire()
-        except TimeoutError:
-            raise QueueTimeout("llama-server has died, and others are tried again first", retry_after=5) from None
-        try:
-            yield True
-        finally:
-            lock.release()
+            return _FREE
+        return Trial(self._alone.setdefault(model_id, asyncio.Lock()), deadline)
 
     def _count(self, model_id: str, body: bytes) -> int:
         count, at = self._crashes.get(_digest(model_id, body), (0, 0.0))

@@ -52,6 +52,11 @@ _TEXTS = {
 _WINDOWS = ("repeat_last_n", "dry_penalty_last_n")
 MAX_WINDOW = 1 << 18
 
+_STOPS = ("stop", "stop_sequences")
+_PROBABILITIES = ("n_probs", "top_logprobs")
+# What most requests have nothing of: one look, instead of one for each name.
+_RARE = frozenset({*_STOPS, *_PROBABILITIES, "grammar", *_COMPILED, *_WINDOWS})
+
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1024
 MAX_PROBABILITIES = 100  # of each token; each one costs a pass over the vocabulary's best
@@ -74,16 +79,19 @@ _strings = msgspec.json.Decoder(list[str] | str | None)
 def shielded(call: Call) -> Fields:
     """The fields that may be forwarded. Raises BadRequest, GrammarNotFound."""
     fields = {name: value for name, value in call.fields.items() if name not in _REMOVED}
-    _check_lists(fields, call.route.dialect)
-    if call.route.dialect in _WITH_MESSAGES:
+    dialect = call.route.dialect
+    _check_lists(fields, dialect)
+    if dialect in _WITH_MESSAGES:
         _check_messages(fields)
-    if call.route.dialect.generates:
-        _check_stops(fields)
-        _check_probabilities(fields)
-        _check_compiled(fields)
-        _bound_windows(fields)
-        for name in _BOUNDS[call.route.dialect]:
-            _token_bound(fields, name)
+    if dialect.generates:
+        if not _RARE.isdisjoint(fields):
+            _check_stops(fields)
+            _check_probabilities(fields)
+            _check_compiled(fields)
+            _bound_windows(fields)
+        for name in _BOUNDS[dialect]:
+            if name in fields:
+                _token_bound(fields, name)
     return fields
 
 
@@ -95,11 +103,12 @@ def bound_answer(fields: Fields, dialect: Dialect, *, default: int | None, most:
     if not dialect.generates:
         return 0
     names = _BOUNDS[dialect]
-    asked = [value for name in names if (value := _token_bound(fields, name)) is not None]
+    asked = [value for name in names if name in fields and (value := _token_bound(fields, name)) is not None]
     wanted = asked[0] if asked else default
     bound = most if wanted is None else min(wanted, most)
     for name in names:
-        fields.pop(name, None)
+        if name in fields:
+            del fields[name]
     fields[names[-1]] = msgspec.Raw(str(bound).encode())
     return bound
 
@@ -113,16 +122,22 @@ def _token_bound(fields: Fields, name: str) -> int | None:
 
 def _check_lists(fields: Fields, dialect: Dialect) -> None:
     for name, most in _ITEMS.items():
-        if name in fields and dialect is not Dialect.EMBEDDINGS and _items(fields[name], name) > most:
+        if name in fields and dialect is not Dialect.EMBEDDINGS and _items(fields[name], name, most) > most:
             raise BadRequest(f"{name} may hold {most} items at most", param=name)
     for name in _TEXTS.get(dialect, ()):
         if name in fields and count_prompts(fields[name], name) > MAX_PROMPTS:
             raise BadRequest(f"{name} may hold {MAX_PROMPTS} texts at most", param=name)
 
 
-def _items(raw: msgspec.Raw, name: str) -> int:
-    """Of a list or an object; of samplers, which may be a text with a letter for each, its length."""
-    first = bytes(raw)[:1]
+def _items(raw: msgspec.Raw, name: str, most: int) -> int:
+    """Of a list or an object; of samplers, which may be a text with a letter for each, its length.
+
+    Not counted where there are not even bytes enough for more than `most`.
+    """
+    view = memoryview(raw)
+    if view.nbytes <= most:
+        return 0
+    first = bytes(view[:1])
     try:
         if first == b"[":
             return len(_list.decode(raw))
@@ -157,7 +172,7 @@ def _check_messages(fields: Fields) -> None:
 
 
 def _check_stops(fields: Fields) -> None:
-    for name in ("stop", "stop_sequences"):
+    for name in _STOPS:
         raw = fields.get(name)
         if raw is None:
             continue
@@ -173,7 +188,7 @@ def _check_stops(fields: Fields) -> None:
 
 
 def _check_probabilities(fields: Fields) -> None:
-    for name in ("n_probs", "top_logprobs"):
+    for name in _PROBABILITIES:
         value = typed_field(fields, name, int, f"a whole number from 0 to {MAX_PROBABILITIES}")
         if value is not None and not 0 <= value <= MAX_PROBABILITIES:
             raise BadRequest(f"{name} is {value}: must be from 0 to {MAX_PROBABILITIES}", param=name)

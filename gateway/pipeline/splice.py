@@ -79,6 +79,7 @@ class Splice:
         self._dialect = dialect
         self._chunked = chunked  # the client speaks HTTP/1.1
         self._wire = _Wire.PLAIN
+        self._straight = False  # the head is out: tokens go through as they are
         self._progress: ProgressFilter | None = None
         self._counted = False  # the client was told a length: nothing may be put between
         self._behind = False  # the client reads slowly; it may have been so before llama-server's answer began
@@ -110,6 +111,17 @@ class Splice:
 
     def feed(self, raw: bytes, payload: bytes, last: bool) -> None:
         """From the socket of llama-server; see backend.Sink."""
+        if self._straight and not last and b"error" not in payload:
+            self.meter.see(payload)
+            self.quiet = 0
+            if not self._transport.is_closing():
+                self._transport.write(raw)
+            if self._behind and self._reply is not None:
+                self._reply.pause()
+        else:
+            self._feed(raw, payload, last)
+
+    def _feed(self, raw: bytes, payload: bytes, last: bool) -> None:
         if self.failure is not None or self.finished:
             return
         if self._progress is not None:
@@ -135,6 +147,8 @@ class Splice:
             self._write(out)
         if self._behind and self._reply is not None:
             self._reply.pause()
+        going = self.stream and self.begun and self._progress is None
+        self._straight = going and self.failure is None and not self.finished and self._wire is _Wire.AS_IT_COMES
 
     def _end(self) -> bytes:
         """What closes the body on the client's wire."""
@@ -171,6 +185,7 @@ class Splice:
 
     def cut(self) -> None:
         self.finished = self.was_cut = True
+        self._straight = False
         if self._reply is not None:
             self._reply.close()
         if not self._transport.is_closing():

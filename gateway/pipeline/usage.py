@@ -12,6 +12,11 @@ from typing import Any
 
 from gateway.pipeline.dialects import Dialect
 
+# As llama-server writes it at the end of an OpenAI answer; any other form is looked through field by field.
+_USUAL = re.compile(
+    rb'"usage":\{"completion_tokens":(\d{1,15}),"prompt_tokens":(\d{1,15}),"total_tokens":\d{1,15}'
+    rb'(?:,"prompt_tokens_details":\{"cached_tokens":(\d{1,15})\})?\}'
+)
 _USAGE = (b'"usage":{', b'"usage": {')
 _PROMPT = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)')
 _INPUT = re.compile(rb'"input_tokens"\s*:\s*(\d+)')
@@ -45,6 +50,9 @@ class Usage:
     def __add__(self, other: Usage) -> Usage:
         return Usage(self.prompt + other.prompt, self.completion + other.completion, self.cached + other.cached)
 
+    def counts(self) -> tuple[int, int, int]:
+        return self.prompt, self.completion, self.cached
+
     @classmethod
     def of_final(cls, final: Mapping[str, Any]) -> Usage:
         """From the decoded final object of an answer, by its `usage` or else its `timings`."""
@@ -62,6 +70,9 @@ class Usage:
             cached = _count(timings, "cache_n")
             return cls(cached + _count(timings, "prompt_n"), _count(timings, "predicted_n"), cached)
         return cls(_count(final, "tokens_evaluated"), _count(final, "tokens_predicted"))
+
+
+NO_USAGE = Usage()
 
 
 def usage_of_stream(dialect: Dialect, head: bytes, tail: bytes, frames: int) -> Usage:
@@ -104,12 +115,15 @@ def usage_of_body(dialect: Dialect, body: bytes, tail: bytes = b"") -> Usage:
         for found in _TIMINGS.finditer(tail or body):
             total += _of_timings(found)
         return total if total.prompt else Usage(_first(_EVALUATED, body), _first(_PREDICTED, body))
+    last = tail or body
+    if (usual := _USUAL.match(last, max(0, last.rfind(b'"usage":')))) and int(usual[2]):
+        return Usage(int(usual[2]), int(usual[1]), int(usual[3] or 0))
     for part in (tail, body):
-        for text in reversed(_usages(part)):
+        for text in reversed(_usages(part)) if part else ():
             usage = _of_usage(text)
-            if usage != Usage():
+            if usage.prompt or usage.completion or usage.cached:
                 return usage
-    return Usage()
+    return NO_USAGE
 
 
 def _choices(head: bytes, tail: bytes) -> int:
@@ -174,7 +188,7 @@ def _usages(text: bytes) -> list[bytes]:
         at = text.find(name)
         while at >= 0:
             found.append(text[at : at + 1024].partition(b"\n\n")[0])
-            at = text.find(name, at + 1)
+            at = text.find(name, at + len(name))
     return found
 
 

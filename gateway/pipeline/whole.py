@@ -7,10 +7,11 @@ from typing import Any
 
 from gateway.errors import CorralError
 from gateway.pipeline.account import Meter
-from gateway.pipeline.assemble import assembler
+from gateway.pipeline.assemble import StreamFailed, assembler
 from gateway.pipeline.dialects import Dialect
 from gateway.pipeline.frames import FrameParser
 from gateway.pipeline.progress import ProgressFilter
+from gateway.refusals import translate_event
 
 
 class WholeAnswer:
@@ -38,7 +39,10 @@ class WholeAnswer:
             self._failure = error
 
     def result(self) -> bytes:
-        """Raises BackendError where the stream failed or was cut."""
+        """Raises BackendError where the stream was cut, and what llama-server's error in it stands for."""
         if self._failure is not None:
             raise self._failure
-        return self._assembler.result()
+        try:
+            return self._assembler.result()
+        except StreamFailed as failed:
+            raise translate_event(failed.error) from None

@@ -120,6 +120,15 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "types that double": ({"json_schema": lists_in_lists(30, ["array", "array"])}, "json_schema"),
     # 4 s for others as well
     "8,000 values": ({"json_schema": {"enum": [f"v{n}" for n in range(8000)]}}, "json_schema"),
+    # hangs: an integer's only bound has 16 digits; 10^15 was answered
+    "from 2^53 - 1": ({"json_schema": {"type": "integer", "minimum": 2**53 - 1}}, "json_schema"),
+    "from 10^17, among types": ({"json_schema": {"type": ["null", "integer"], "minimum": 1e17}}, "json_schema"),
+    "from behind 10^17": ({"json_schema": {"type": "integer", "exclusiveMinimum": 10**17}}, "json_schema"),
+    "up to -2^53": ({"json_schema": {"type": "integer", "maximum": -(2**53)}}, "json_schema"),
+    "up to before -10^17": ({"json_schema": {"type": "integer", "exclusiveMaximum": -(10**17)}}, "json_schema"),
+    # hangs: it wraps around and is less than nothing
+    "up to 2^64 - 10^17": ({"json_schema": {"type": "integer", "maximum": 2**64 - 10**17}}, "json_schema"),
+    "a tool with such a number": ({"tools": tool(needs({"type": "integer", "maximum": -(10**17)}))}, "tools"),
     # 13 s of a core, then a 400
     "1,500 properties": ({"tools": tool({"properties": {f"p{n}": STRING for n in range(1500)}})}, "tools"),
     # --- tools
@@ -221,6 +230,10 @@ NONSENSE: dict[str, dict[str, Any]] = {  # harmless on build 11669, and so passe
             "$ref": "#/$defs/node",
         }
     },
+    "integers": {"json_schema": {"type": "integer", "minimum": -(2**53) + 1, "maximum": 2**53 - 1}},
+    "64 bits": {"json_schema": {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}},
+    "large, otherwise": {"json_schema": {"type": "integer", "minimum": 10**15}, "n_predict": 4},
+    "a number": {"json_schema": {"type": "number", "minimum": -1e308, "maximum": 1.7e308}},
     "a pattern": {"json_schema": {"type": "string", "pattern": "^\\d{4}-\\d{2}-\\d{2}(T\\d{2}:\\d{2})?$"}},
 }
 
@@ -236,5 +249,7 @@ def test_passed_on(gateway: Gateway, case: str, stream: bool) -> None:
 def test_what_contradicts_a_grammar_is_the_clients_fault(gateway: Gateway) -> None:
     """llama-server: 500, "Unexpected empty grammar stack after accepting piece"."""
     for grammar, bias in (('root ::= "a"+', [[n, False] for n in range(600)]), ("root ::= [z-a]", [])):
-        reply = gateway.request("POST", CHAT, chat(grammar=grammar, logit_bias=bias), seconds=8)
-        assert "grammar" in check(reply, 400, "invalid_request")
+        for tokens in (8, 80):  # the latter is assembled from a stream, in which llama-server tells it
+            fields = chat(grammar=grammar, logit_bias=bias, max_tokens=tokens)
+            reply = gateway.request("POST", CHAT, fields, seconds=8)
+            assert "grammar" in check(reply, 400, "invalid_request")

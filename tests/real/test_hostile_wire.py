@@ -4,12 +4,13 @@ notices, and llama-server goes on. Sizes, slow senders and what else goes wrong:
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 
 import pytest
 
-from tests.house import USER, Gateway
+from tests.house import USER, Gateway, eventually
 from tests.real.test_errors import check
 from tests.real.wire import chat, request, wire
 
@@ -23,6 +24,7 @@ CHUNK = b"%x\r\n%s\r\n" % (len(OK), OK)
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 BAD = (400, "invalid_request")
 JSON = (400, "invalid_json")
+MB = 1024 * 1024
 LONG = (431, "header_fields_too_large")
 
 
@@ -109,6 +111,7 @@ CLOSED: dict[str, tuple[bytes, tuple[int, str]]] = {
     "HTTP/0.9 with headers": (b"GET /healthz\r\nHost: x\r\n\r\n", BAD),
     "HTTP/0.9 by name": (get(b"/healthz", version=b"HTTP/0.9"), BAD),
     "HTTP/1.2": (get(b"/healthz", version=b"HTTP/1.2"), BAD),
+    "HTTP/2.0 by name": (get(b"/healthz", version=b"HTTP/2.0"), BAD),
     "HTTP/2 by its preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", BAD),
     "HTTP/3.0": (get(b"/healthz", version=b"HTTP/3.0"), BAD),
     "no version that is one": (get(b"/healthz", version=b"HTTP/x"), BAD),
@@ -312,6 +315,43 @@ def test_a_client_that_leaves_in_the_middle_of_a_body(gateway: Gateway) -> None:
     for sent in (body(OK)[:-10], CHUNKED + CHUNK[:-10], CHUNKED + CHUNK, HEAD + b"Content-Length: 9999999\r\n\r\n{"):
         with wire(gateway) as client:
             client.send(sent)
+
+
+LARGE = 11 * 1024 * 1024
+TOO_LARGE = (413, "payload_too_large")
+# The head, how many bytes are sent, and what comes back. What is more than was said is a next request.
+LARGE_BODIES: dict[str, tuple[bytes, int, tuple[int, str]]] = {
+    "with its length": (b"Content-Length: %d" % LARGE, LARGE, TOO_LARGE),
+    "chunked": (b"Transfer-Encoding: chunked", LARGE, TOO_LARGE),
+    "shorter than said": (b"Content-Length: %d" % LARGE, 1000, TOO_LARGE),
+    "longer than said": (b"Content-Length: %d" % (LARGE - 1000), LARGE, TOO_LARGE),
+    "2 bytes were said": (b"Content-Length: 2", LARGE, BAD),
+}
+
+
+@pytest.mark.parametrize("case", LARGE_BODIES)
+def test_eleven_megabytes(gateway: Gateway, case: str) -> None:
+    about, size, expected = LARGE_BODIES[case]
+    data = b" " * size
+    if about.endswith(b"chunked"):
+        data = b"".join(b"10000\r\n%s\r\n" % data[:65536] for _ in range(size // 65536)) + b"0\r\n\r\n"
+    with wire(gateway) as client:
+        with contextlib.suppress(ConnectionError):  # it may be refused before all of it has been sent
+            client.send(HEAD + about + b"\r\n\r\n", data)
+        check(client.answer(), *expected)
+
+
+def test_less_than_was_said_and_then_nothing_more(gateway: Gateway) -> None:
+    """The client closes, or only says that it will send no more; nobody waits for CLIENT_BODY_TIMEOUT."""
+    for said, sent in ((LARGE - MB, MB), (LARGE, MB), (len(OK), len(OK) - 1)):
+        with wire(gateway) as client:
+            client.send(length(b"%d" % said, OK[:sent].ljust(sent)))
+            until_read(gateway)
+            client.send_no_more()
+            if said == LARGE:
+                check(client.answer(), *TOO_LARGE)
+            assert client.ended
+    eventually(lambda: gateway.get("/health", key=None).json()["queue"]["active"] == 0)
 
 
 def until_read(gateway: Gateway) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from tests.house import Gateway, running_gateway
 from tests.real.projector import make_projector
+from tests.real.test_errors import check
 from tests.real.test_media_inlined import Origin, origin, png, requests, said
 
 __all__ = ["origin"]
@@ -47,3 +48,12 @@ def test_a_data_url_reaches_the_model(seeing: Gateway) -> None:
     answer = seeing.request("POST", "/v1/chat/completions", said({"type": "image_url", "image_url": {"url": url}}))
     assert answer.status == 200, answer.body
     assert seeing.model()["model_id"] == "seeing"
+
+
+def test_an_image_that_becomes_too_large_is_refused(seeing: Gateway) -> None:
+    """420 KB as they come. Sent straight to build 11669: 880 MB, and up to 6 s."""
+    pid = seeing.model()["pid"]
+    url = "data:image/png;base64," + base64.b64encode(png(12_000)).decode()
+    answer = seeing.request("POST", "/v1/chat/completions", said({"type": "image_url", "image_url": {"url": url}}))
+    assert "megapixels" in check(answer, 400, "invalid_request", "messages[0].content[0].image_url")
+    assert seeing.model()["pid"] == pid

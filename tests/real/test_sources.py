@@ -68,6 +68,7 @@ class TestLlamaUrl:
             assert gateway.chat().status == 200
             assert [row["id"] for row in gateway.get("/v1/models").json()["data"]] == ["default"]
             assert gateway.get("/v1/models/default").json()["meta"] | {"aliases": []} == {
+                "task": None,
                 "slots": 3,
                 "n_ctx": 1536,
                 "aliases": [],

@@ -44,6 +44,14 @@ class Wire:
     def send(self, *requests: bytes) -> None:
         self._socket.sendall(b"".join(requests))
 
+    def send_no_more(self) -> None:
+        """Half closes: answers may still be read."""
+        self._socket.shutdown(socket.SHUT_WR)
+
+    def first_bytes(self) -> None:
+        """Waits for the beginning of a response; `answer` reads all of it."""
+        assert self._file.peek(1), "the other side has closed the connection"
+
     def answer(self, method: str = "POST") -> Answer:
         """The next response. It may be an interim one."""
         first = self._file.readline().decode("latin-1")

@@ -9,7 +9,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from gateway.errors import InsufficientScope, RateLimitExceeded, Unauthorized
-from gateway.http.context import CALLER, KEY, RUNTIME
+from gateway.http.context import CALLER, KEY, RUNTIME, template
 from gateway.stores.keyfile import SCOPES, Key
 from gateway.stores.keys import presented
 
@@ -19,40 +19,59 @@ SCOPE_OF = web.AppKey("scope_of", dict[str, str | None])  # route template → s
 
 @web.middleware
 async def auth(request: web.Request, handler: Handler) -> web.StreamResponse:
-    runtime = request.app[RUNTIME]
     scope = needed_scope(request)
-    if scope is None or (scope == "metrics" and not runtime.settings.metrics_auth_enabled):
+    if scope is None or (scope == "metrics" and not request.app[RUNTIME].settings.metrics_auth_enabled):
         return await handler(request)
+    if not recognised(request, scope):
+        await authenticated(request, scope)
+    return await handler(request)
+
+
+def recognised(request: web.Request, scope: str) -> bool:
+    """Whether it comes with a key that was used before; False where that has still to be found out.
+
+    Raises InsufficientScope.
+    """
+    runtime = request.app[RUNTIME]
     if not runtime.settings.auth_enabled:
         request[KEY] = ANONYMOUS
         request[CALLER] = client_address(request, runtime.settings.trusted_proxies)
-        return await handler(request)
+        return True
     headers = request.headers
     secret = presented(headers.get("Authorization"), headers.get("x-api-key"))
     key = runtime.keys.lookup(secret) if secret else None
-    if key is None:
-        try:
-            address = client_address(request, runtime.settings.trusted_proxies)
-            key = await runtime.keys.authenticate(secret, address)
-        except Unauthorized:
-            runtime.metrics.auth_failures.inc()
-            raise
-        except RateLimitExceeded:
-            runtime.metrics.rate_limited.labels("auth_failures").inc()
-            raise
+    if key is not None:
+        admit(request, key, scope)
+    return key is not None
+
+
+async def authenticated(request: web.Request, scope: str) -> None:
+    """Raises Unauthorized, RateLimitExceeded, InsufficientScope."""
+    runtime = request.app[RUNTIME]
+    secret = presented(request.headers.get("Authorization"), request.headers.get("x-api-key"))
+    try:
+        address = client_address(request, runtime.settings.trusted_proxies)
+        key = await runtime.keys.authenticate(secret, address)
+    except Unauthorized:
+        runtime.metrics.auth_failures.inc()
+        raise
+    except RateLimitExceeded:
+        runtime.metrics.rate_limited.labels("auth_failures").inc()
+        raise
+    admit(request, key, scope)
+
+
+def admit(request: web.Request, key: Key, scope: str) -> None:
     if not key.has(scope):
         raise InsufficientScope(f"the key {key.id} lacks the scope {scope}, which this route needs")
     request[KEY] = key
     request[CALLER] = key.id
-    return await handler(request)
 
 
 def needed_scope(request: web.Request) -> str | None:
     """A path that does not exist asks for a key too: strangers learn nothing from it."""
-    resource = request.match_info.route.resource
-    if resource is None:
-        return "infer"
-    return request.app[SCOPE_OF].get(resource.canonical, "infer")
+    path = template(request)
+    return "infer" if path is None else request.app[SCOPE_OF].get(path, "infer")
 
 
 def client_address(request: web.Request, trusted: tuple[str, ...]) -> str:

@@ -13,13 +13,7 @@ _MAX_AGE = "600"
 
 @web.middleware
 async def cors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    origin = request.headers.get("Origin")
-    if origin is not None:
-        allowed = request.app[RUNTIME].settings.cors_origins
-        if "*" in allowed:
-            request[ORIGIN] = "*"
-        elif origin in allowed:
-            request[ORIGIN] = origin
+    note_origin(request)
     if request.method != "OPTIONS":
         return await handler(request)
     response = web.Response(status=204)
@@ -29,3 +23,14 @@ async def cors(request: web.Request, handler: Handler) -> web.StreamResponse:
         response.headers["Access-Control-Allow-Headers"] = asked or "Authorization, Content-Type"
         response.headers["Access-Control-Max-Age"] = _MAX_AGE
     return response
+
+
+def note_origin(request: web.Request) -> None:
+    origin = request.headers.get("Origin")
+    if origin is None:
+        return
+    allowed = request.app[RUNTIME].settings.cors_origins
+    if "*" in allowed:
+        request[ORIGIN] = "*"
+    elif origin in allowed:
+        request[ORIGIN] = origin

@@ -33,15 +33,21 @@ _ANTHROPIC_TYPES = {
 async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
-    except CorralError as error:
-        return render(request, error)
-    except web.HTTPException as error:
-        return render(request, translate(error))
     except ConnectionError:
         raise  # the client is gone; there is nobody to tell
-    except Exception:
-        log.exception("%s %s failed", request.method, request.path, extra={"request_id": request.get(REQUEST_ID)})
-        return render(request, CorralError("something went wrong inside the gateway; its log has the details"))
+    except Exception as error:
+        return told(request, error)
+
+
+def told(request: web.Request, error: Exception) -> web.Response:
+    """The answer for what was raised."""
+    if isinstance(error, CorralError):
+        return render(request, error)
+    if isinstance(error, web.HTTPException):
+        return render(request, translate(error))
+    about = {"request_id": request.get(REQUEST_ID)}
+    log.error("%s %s failed", request.method, request.path, exc_info=error, extra=about)
+    return render(request, CorralError("something went wrong inside the gateway; its log has the details"))
 
 
 def render(request: web.Request, error: CorralError) -> web.Response:

@@ -11,8 +11,13 @@ from gateway.http.context import RUNTIME
 
 @web.middleware
 async def limits(request: web.Request, handler: Handler) -> web.StreamResponse:
+    check_length(request)
+    return await handler(request)
+
+
+def check_length(request: web.Request) -> None:
+    """Raises PayloadTooLarge."""
     length = request.content_length
     bound = request.app[RUNTIME].settings.max_request_body_size
     if length is not None and length > bound:
         raise PayloadTooLarge(f"the body has {length} bytes; MAX_REQUEST_BODY_SIZE allows {bound}")
-    return await handler(request)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import re
-import secrets
+from os import urandom
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from gateway.http.context import ACCOUNTED, RECEIVED_AT, REQUEST_ID, RUNTIME, TRACEPARENT, new_request_id
+from gateway.http.context import ACCOUNTED, RECEIVED_AT, REQUEST_ID, RUNTIME, TRACEPARENT, template
 
 _SANE = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
@@ -17,17 +17,26 @@ _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a
 
 @web.middleware
 async def request_id(request: web.Request, handler: Handler) -> web.StreamResponse:
+    name(request)
+    response = await handler(request)
+    count(request, response)
+    return response
+
+
+def name(request: web.Request) -> None:
     request[RECEIVED_AT] = asyncio.get_running_loop().time()
     headers = request.headers
+    fresh = urandom(36).hex()  # once for both: it is a system call
     given = headers.get("x-request-id")
-    request[REQUEST_ID] = given if given and _SANE.fullmatch(given) else new_request_id()
-    request[TRACEPARENT] = continued(headers.get("traceparent"))
-    response = await handler(request)
+    request[REQUEST_ID] = given if given and _SANE.fullmatch(given) else f"req_{fresh[48:]}"
+    request[TRACEPARENT] = continued(headers.get("traceparent"), fresh)
+
+
+def count(request: web.Request, response: web.StreamResponse) -> None:
+    """What has come to the spine is counted there."""
     if not request.get(ACCOUNTED):
-        resource = request.match_info.route.resource
-        path = resource.canonical if resource is not None else "unknown"
+        path = template(request) or "unknown"
         request.app[RUNTIME].metrics.count_request(path, method_label(request.method), response.status, "")
-    return response
 
 
 def method_label(method: str) -> str:
@@ -35,9 +44,8 @@ def method_label(method: str) -> str:
     return method if method in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH") else "other"
 
 
-def continued(given: str | None) -> str:
-    """The W3C trace context to pass on: the same trace with a span of ours, or a new one."""
-    span = secrets.token_hex(8)
+def continued(given: str | None, fresh: str) -> str:
+    """The W3C trace context to pass on: the same trace with a span of ours, or a new one, out of `fresh` hex digits."""
     if given and _TRACEPARENT.fullmatch(given):
-        return f"{given[:36]}{span}{given[52:]}"
-    return f"00-{secrets.token_hex(16)}-{span}-01"
+        return f"{given[:36]}{fresh[:16]}{given[52:]}"
+    return f"00-{fresh[16:48]}-{fresh[:16]}-01"

@@ -1,0 +1,1 @@
+"""Proxies that were written for the comparison."""
