@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import time
@@ -53,8 +52,6 @@ async def put_away(process: Process) -> None:
     await process._output.ended.wait()
     assert process._transport is not None
     process._transport.close()
-    await asyncio.sleep(0)
-    await asyncio.sleep(0.001)  # uvloop closes the pipe's file some turns later
 
 
 @dataclass

@@ -164,7 +164,6 @@ async def test_cancelling_the_spawn_leaves_no_process() -> None:
                 process.kill()
                 await process._output.ended.wait()
     await soon(lambda: children() <= before)
-    await asyncio.sleep(0.01)  # for the pipes to be closed
 
 
 def test_it_dies_with_the_gateway_however_that_dies() -> None:

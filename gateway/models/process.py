@@ -37,7 +37,7 @@ class Process(asyncio.SubprocessProtocol):
         main thread.
         """
         reader = Output(output)
-        writable = await reader.open()
+        writable = reader.open()
         try:
             _, process = await asyncio.get_running_loop().subprocess_exec(
                 lambda: cls(reader),

@@ -123,7 +123,6 @@ def test_a_storm(three: Gateway, budget: int) -> None:
         finally:
             stop.set()
         assert all(other.result() > 10 for other in others)
-    print(results)
     assert sum(results.values()) == 500
     assert results["200"] >= 475, results
     assert three.get("/health", key=None).json()["queue"]["active"] == 0
