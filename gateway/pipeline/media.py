@@ -18,7 +18,7 @@ import msgspec
 
 from gateway.errors import BadRequest
 from gateway.pipeline.addresses import Refused, parse_target
-from gateway.pipeline.call import Fields
+from gateway.pipeline.call import Fields, are_plain
 from gateway.pipeline.dialects import Dialect
 from gateway.pipeline.images import MAX_PIXELS, pixels, pixels_of_base64
 
@@ -110,7 +110,7 @@ def find_media(fields: Fields, dialect: Dialect, *, allow_remote: bool) -> Media
     turns, prompts = _PLACES.get(dialect, ((), ()))
     finder = _Finder(allow_remote)
     for name in turns:
-        if (raw := fields.get(name)) is not None and _first(raw) == _LIST:
+        if (raw := fields.get(name)) is not None and _first(raw) == _LIST and not are_plain(raw):
             finder.roots[name] = finder.parts(raw, (name,), 0)
     for name in prompts:
         if (raw := fields.get(name)) is not None and _first(raw) in (_LIST, _OBJECT):

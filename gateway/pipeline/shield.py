@@ -9,7 +9,7 @@ import msgspec
 
 from gateway.errors import BadRequest, GrammarNotFound
 from gateway.pipeline.bounds import check_grammar, check_schema
-from gateway.pipeline.call import Call, Fields, count_prompts, typed_field
+from gateway.pipeline.call import Call, Fields, are_plain, count_prompts, typed_field
 from gateway.pipeline.dialects import Dialect
 
 # Another client's slot, adapters of the whole server, an answer kept after its client left, pings of its own.
@@ -160,6 +160,8 @@ def _check_messages(fields: Fields) -> None:
     raw = fields.get("messages")
     if raw is None:
         raise BadRequest("messages is missing", param="messages")
+    if are_plain(raw):
+        return
     try:
         messages = _messages.decode(raw)
     except msgspec.DecodeError:
