@@ -7,12 +7,12 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gateway.admission.limits import RequestLimits
+from gateway.admission.limits import Limits
 from gateway.admission.queue import ByteBudget, Queue
 from gateway.backend import Backend
 from gateway.environment import child_environment, hub_caches, secret_named
@@ -33,13 +33,17 @@ from gateway.models.room import Landlord
 from gateway.pipeline.account import Accounts
 from gateway.pipeline.forward import Spine
 from gateway.pipeline.splice import Pinger
-from gateway.settings import Settings
+from gateway.settings import Settings, variables
 from gateway.state import Board, ModelState, ServiceState, publishing
 from gateway.stores.keys import KeyRing, ReloadReport
 
 log = logging.getLogger("corral.runtime")
 
 TICK_SECONDS = 0.25
+# Settings that say which models there are, and nothing else: a reload is enough for them.
+_OF_MODELS = frozenset(
+    "MODEL_NAME MODEL_PATH MODEL_URL MODEL_SHA256 MODEL_HF LLAMA_URL CONFIG_PATH DEFAULT_MODEL".split()
+)
 
 
 @dataclass
@@ -61,6 +65,7 @@ class Runtime:
     configure: Callable[[], Settings]  # reads the configuration anew
     make_queue: Callable[[ModelSpec], Queue]
     ticks: list[Callable[[float], Any]]  # called with the loop's time, each TICK_SECONDS
+    _reloading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def accept(self) -> None:
         """The door is open: from now on the state follows the models."""
@@ -86,25 +91,40 @@ class Runtime:
             wait.cancel()
 
     async def reload(self) -> dict[str, Any]:
-        """Read keys and models anew; what cannot be read changes nothing and is reported."""
-        keys = self.keys.reload()
-        report: dict[str, Any] = {"keys": {"loaded": keys.loaded, "problems": keys.problems}}
+        """Read keys and models anew; what cannot be read changes nothing and is reported, as is what needs a restart.
+
+        One after the other: of two that are asked for at once, the second one sees the files as they are by then.
+        """
+        async with self._reloading:
+            keys = self.keys.reload()
+            about = {"keys": {"loaded": keys.loaded, "problems": keys.problems}}
+            return about | await self._reload_models()
+
+    async def _reload_models(self) -> dict[str, Any]:
         try:
             settings = await asyncio.to_thread(self.configure)
             registry, _ = await asyncio.to_thread(check_configuration, settings)
         except ConfigError as error:
             for problem in error.problems:
                 log.error("the models stay as they are: %s", problem)
-            report["models"] = {"problems": error.problems}
-            return report
+            return {"models": {"problems": error.problems}}
         for warning in (*settings.warnings, *registry.warnings):
             log.warning("%s", warning)
+        late = changed_settings(self.settings, settings)
+        if late:
+            log.warning("these settings have changed and need a restart: %s", ", ".join(late))
+        # what takes long in the one turn in which all changes: 0.2 ms a model
+        await asyncio.to_thread(_make_gauges, self.metrics, registry.specs.keys() - self.queues.keys())
+        await self.manager.ready_for(registry)
+        if self.board.status in (ServiceState.DRAINING, ServiceState.STOPPED):
+            return {"models": {"problems": ["the service is shutting down"]}, "restart_needed": late}
         for model_id in registry.specs.keys() - self.queues.keys():
             self.queues[model_id] = self.make_queue(registry.specs[model_id])
+        self.manager.landlord.lenient = _lenient(registry, self.settings)
         changes = self.manager.apply(registry)
+        self.board.refresh()
         self.events.emit("models.reloaded", _told(changes))
-        report["models"] = asdict(changes) | {"problems": []}
-        return report
+        return {"models": asdict(changes) | {"problems": []}, "restart_needed": late}
 
 
 @contextlib.asynccontextmanager
@@ -116,6 +136,8 @@ async def open_runtime(
     `configure` reads the configuration anew for a reload.
     """
     registry, binary = check_configuration(settings)
+    with contextlib.suppress(ConfigError):
+        binary = binary or find_llama_server(settings)  # with a reload, a model may come that needs it
     board, events, metrics = Board(), Events(), Metrics()
     board.single = registry.single
     loop = asyncio.get_running_loop()
@@ -126,8 +148,7 @@ async def open_runtime(
             board.add_model(spec.id, required=spec.id in registry.preload)
         for warning in registry.warnings:
             log.warning("%s", warning)
-        lenient = registry.single and "VRAM_BUDGET_MB" not in settings.explicit
-        landlord = Landlord(registry.max_models, time.monotonic, lenient=lenient)
+        landlord = Landlord(registry.max_models, time.monotonic, lenient=_lenient(registry, settings))
         book = FootprintBook(settings.data_dir / "footprints.json")
         planner = Planner(settings, binary or Path(), child_environment(INHERITED, INHERITED_PREFIXES), book)
         queues: dict[str, Queue] = {}
@@ -151,7 +172,7 @@ async def open_runtime(
 
         queues |= {spec.id: make_queue(spec) for spec in registry.specs.values()}
         accounts = Accounts(metrics, loop.time)
-        spine = Spine(settings, manager, queues, RequestLimits(loop.time), accounts)
+        spine = Spine(settings, manager, queues, Limits(loop.time), accounts)
         pinger = Pinger(settings.sse_ping_seconds)
         runtime = Runtime(
             settings,
@@ -193,6 +214,17 @@ def check_configuration(settings: Settings) -> tuple[Registry, Path | None]:
     return registry, binary
 
 
+def changed_settings(old: Settings, new: Settings) -> list[str]:
+    """The names of those that a reload does not bring into force."""
+    names = (var.name for var in variables() if var.name not in _OF_MODELS)
+    return [name for name in names if getattr(old, name.lower()) != getattr(new, name.lower())]
+
+
+def _lenient(registry: Registry, settings: Settings) -> bool:
+    """Whether a model is tried even if it seems too large: there is no other one, and nobody has set a bound."""
+    return registry.single and "VRAM_BUDGET_MB" not in settings.explicit
+
+
 def find_llama_server(settings: Settings) -> Path:
     """Raises ConfigError."""
     named = settings.llama_server_path
@@ -224,7 +256,7 @@ def _owner_maker(
         """Each server gets its own key, and LLAMA_URL's is for LLAMA_URL's alone."""
         assert spec.url is not None
         key = secret_named(spec.api_key_env) if spec.api_key_env else None
-        path = settings.llama_api_key_file if settings.llama_url else None
+        path = settings.llama_api_key_file if spec.url == settings.llama_url else None
         try:
             key = path.read_text().strip() if path else key
         except OSError as error:
@@ -233,7 +265,7 @@ def _owner_maker(
             logs.add_secret(key)
         return connect(spec.url, key)
 
-    ports = Ports(settings.port_backend)
+    ports, caches = Ports(settings.port_backend), hub_caches()
 
     def make(spec: ModelSpec) -> Owner:
         if spec.url is not None:
@@ -244,7 +276,7 @@ def _owner_maker(
             output=logs.put,
             connect=connect,
             keep_secret=logs.add_secret,
-            hub_caches=hub_caches(),
+            hub_caches=caches,
             metrics=metrics,
             landlord=landlord,
             ports=ports,
@@ -296,6 +328,12 @@ def _connect(runtime: Runtime) -> None:
     for problem in runtime.keys.report.problems:
         log.warning("%s", problem)
     runtime.keys.subscribe(keys_changed)
+
+
+def _make_gauges(metrics: Metrics, model_ids: Iterable[str]) -> None:
+    for model_id in model_ids:
+        for state in ModelState:
+            metrics.model_state.labels(model_id, state)
 
 
 def _forget(model_id: str, queues: dict[str, Queue], metrics: Metrics) -> None:

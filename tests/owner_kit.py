@@ -15,7 +15,7 @@ from gateway.backend import Backend
 from gateway.environment import load_settings
 from gateway.events import Event, Events
 from gateway.metrics import Metrics
-from gateway.models import local
+from gateway.models import ends
 from gateway.models.footprint import FootprintBook
 from gateway.models.local import LocalOwner, Means
 from gateway.models.plan import Herd, Planner
@@ -143,7 +143,7 @@ def delays(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
         decided.append(restart_delay(crashes, now))
         return None if decided[-1] is None else 0.0
 
-    monkeypatch.setattr(local, "restart_delay", decide)
+    monkeypatch.setattr(ends, "restart_delay", decide)
     return decided
 
 

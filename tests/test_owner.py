@@ -12,7 +12,7 @@ import pytest
 
 from gateway.backend import Backend
 from gateway.errors import BackendGone, ModelFailed, ModelLoading, ShuttingDown
-from gateway.models import local
+from gateway.models import ends, life
 from gateway.models.policy import idle_seconds_left
 from gateway.state import ModelState
 from tests.house import soon
@@ -183,7 +183,7 @@ async def test_a_leased_model_is_not_unloaded(tmp_path: Path, monkeypatch: pytes
         asked.append(leases)
         return idle_seconds_left(last_used, leases, timeout, now)
 
-    monkeypatch.setattr(local, "idle_seconds_left", noted)
+    monkeypatch.setattr(life, "idle_seconds_left", noted)
     async with stable(tmp_path, IDLE_TIMEOUT_SECONDS="0.02") as made:
         async with made.owner.lease() as lease:
             backend = await lease.backend(later())
@@ -231,7 +231,7 @@ async def test_closing_at_any_moment_of_a_start_leaves_no_process(tmp_path: Path
 async def test_closing_while_it_waits_for_the_next_try_is_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "restart_delay", lambda crashes, now: 3600.0)
+    monkeypatch.setattr(ends, "restart_delay", lambda crashes, now: 3600.0)
     async with stable(tmp_path, "exit=1") as made:
         made.owner.want()
         await soon(lambda: made.owner.state is S.CRASHED)

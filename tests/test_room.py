@@ -221,6 +221,13 @@ async def test_out_of_memory_evicts_one_more() -> None:
     assert landlord.evict_one(c) and b.evicted and not a.evicted
     a.leases = 1
     assert not landlord.evict_one(c), "b goes already, and a is used"
+    c.gone()
+    again = asyncio.create_task(c.enter())
+    await turns()
+    assert c.why == "ran out of memory: tried once more when b has gone", "the books would have room for it"
+    b.gone()
+    await again
+    assert landlord.needs.keys() == {"a", "c"} and c.why is None
 
 
 async def test_a_thousand_random_moves_never_overbook() -> None:

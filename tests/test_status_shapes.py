@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gateway.http.status import full_status, health_body, iso, status_row, updates, vram_body
-from gateway.models.manager import DeviceRow, MemoryView, ModelRow
+from gateway.models.overview import DeviceRow, MemoryView, ModelRow
 from gateway.state import Board, ModelState, ModelStatus
 from gateway.stores.keyfile import Key
 

@@ -1,89 +1,264 @@
-"""Limits per key: requests a minute in an exact sliding window, reserved before and refunded after a rejection."""
+"""Limits per key: requests and tokens a minute, requests at once, tokens a day; reserved, settled or refunded.
+
+A reservation is all or nothing, and nobody else comes in between: what is refused has cost nothing.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gateway.errors import RateLimitExceeded
+from gateway.admission.budgets import DAY_SECONDS, BudgetStore, Day, MemoryBudgets
+from gateway.admission.windows import WINDOW_SECONDS, Mark, Window
+from gateway.errors import (
+    ConcurrencyExceeded,
+    InsufficientQuota,
+    RateLimitExceeded,
+    TokensExceeded,
+    TooManyRequests,
+)
 
-WINDOW_SECONDS = 60.0
+Headers = tuple[tuple[str, str], ...]
+SWEPT_AT_ONCE = 4  # idle callers looked at per request: more than come in, so that they cannot pile up
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
+class Claim:
+    """What a request wants to use and may. Of the limits, 0 means none."""
+
+    caller: str  # the key's id, or an address where there are no keys
+    rpm: int = 0  # requests a minute
+    tpm: int = 0  # tokens a minute
+    concurrency: int = 0  # requests at once
+    budget: int = 0  # tokens a day
+    tokens: int = 0  # expected: the prompt and the bound of each answer
+
+
+class _Caller:
+    """What counts for one key or address."""
+
+    __slots__ = ("day", "held_seconds", "leases", "requests", "seen", "tokens")
+
+    def __init__(self) -> None:
+        self.requests = Window()
+        self.tokens: Window | None = None  # most callers have no such limit
+        self.leases: dict[int, float] = {}  # of running requests, since when; the oldest first
+        self.held_seconds = 1.0  # moving mean of how long a lease lasts
+        self.day: Day | None = None
+        self.seen = 0.0
+
+    def idle(self, now: float) -> bool:
+        return self.seen <= now - WINDOW_SECONDS and not self.leases and not (self.day and self.day.held)
+
+
 class Reservation:
-    """One request that counts against a limit. `headers` tell the client what is left."""
+    """One request that counts against its caller's limits, until it is settled or refunded.
 
-    _window: deque[float] | None
-    _at: float
-    limit: int
-    remaining: int
-    reset: float  # seconds until the oldest counted request leaves the window
+    One that is lost on the way is settled as it was reserved: a lease ends with its reservation at the latest.
+    """
+
+    __slots__ = ("_at", "_caller", "_clock", "_day", "_mark", "_open", "_request", "claim", "told")
+
+    def __init__(self, caller: _Caller | None, claim: Claim, now: float, clock: Callable[[], float]) -> None:
+        self._caller = caller
+        self._clock = clock
+        self._at = now
+        self._open = caller is not None
+        self._request: Mark | None = None
+        self._mark: Mark | None = None
+        self._day: Day | None = None
+        self.claim = claim
+        self.told: Headers = ()
+        if caller is None:
+            return
+        if claim.rpm:
+            self._request = caller.requests.add(now, 1)
+        if claim.tpm and caller.tokens:
+            self._mark = caller.tokens.add(now, claim.tokens)
+        if claim.concurrency:
+            caller.leases[id(self)] = now
+        if claim.budget and caller.day:
+            self._day = caller.day
+            self._day.held += claim.tokens
+        if claim.rpm or claim.tpm:
+            self.told = _headers(claim, caller, now)
+
+    def headers(self) -> Headers:
+        """`x-ratelimit-*`, as it was when the request was let in."""
+        return self.told
+
+    def settle(self, used: int) -> None:
+        """It is over, and took `used` tokens. Only the first of all calls of `settle` and `refund` does anything."""
+        if not self._open or self._caller is None:
+            return
+        self._open = False
+        claim, caller = self.claim, self._caller
+        if self._mark is not None and caller.tokens:
+            if used < claim.tokens:
+                caller.tokens.take_back(self._mark, claim.tokens - used)
+            elif used > claim.tokens:
+                caller.tokens.add(self._clock(), used - claim.tokens)
+        if claim.concurrency or self._day is not None:
+            self._close(caller, used)
 
     def refund(self) -> None:
-        """The request was rejected later and has cost nothing; a second call does nothing."""
-        window, self._window = self._window, None
-        if window is not None:
-            try:
-                window.remove(self._at)
-            except ValueError:
-                return  # it has left the window by itself
-            self.remaining += 1
+        """It was rejected later, and has cost nothing."""
+        if not self._open or self._caller is None:
+            return
+        self._open = False
+        if self._request is not None:
+            self._caller.requests.take_back(self._request, 1)
+        if self._mark is not None and self._caller.tokens:
+            self._caller.tokens.take_back(self._mark, self.claim.tokens)
+        self._close(self._caller, 0)
+        if self.told:
+            self.told = _headers(self.claim, self._caller, self._clock())
 
-    def headers(self) -> tuple[tuple[str, str], ...]:
-        if not self.limit:
-            return ()
-        return _headers(self.limit, self.remaining, self.reset)
+    def _close(self, caller: _Caller, used: int) -> None:
+        begun = caller.leases.pop(id(self), None)
+        if begun is not None:
+            caller.held_seconds += 0.2 * (self._clock() - begun - caller.held_seconds)
+        if self._day is not None:
+            self._day.settle(self.claim.tokens, used)
+
+    def __del__(self) -> None:
+        if self._open:
+            self.settle(self.claim.tokens)
 
 
-def _headers(limit: int, remaining: int, reset: float) -> tuple[tuple[str, str], ...]:
-    return (
-        ("x-ratelimit-limit-requests", str(limit)),
-        ("x-ratelimit-remaining-requests", str(remaining)),
-        ("x-ratelimit-reset-requests", f"{math.ceil(reset)}s"),
+class Limits:
+    """The limits of all callers of one gateway. `clock` is monotonic; `wall` tells the day, as unix time."""
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+        budgets: BudgetStore | None = None,
+    ) -> None:
+        self._clock = clock
+        self._wall = wall
+        self._budgets = budgets or MemoryBudgets()
+        self._callers: OrderedDict[str, _Caller] = OrderedDict()  # who came last stands last
+
+    def reserve(self, claim: Claim) -> Reservation:
+        """Count a request on every limit of its caller, or on none.
+
+        Raises InsufficientQuota, RateLimitExceeded, TokensExceeded, ConcurrencyExceeded, with the true time until the
+        request will pass.
+        """
+        now = self._clock()
+        if not (claim.rpm or claim.tpm or claim.concurrency or claim.budget):
+            return Reservation(None, claim, now, self._clock)
+        caller = self._callers.get(claim.caller)
+        if caller is None:
+            self._sweep(now)
+            caller = self._callers[claim.caller] = _Caller()
+        else:
+            self._callers.move_to_end(claim.caller)
+        caller.seen = now
+        if claim.budget:
+            self._check_budget(caller, claim)
+        caller.requests.pass_to(now)
+        if claim.tpm:
+            if caller.tokens is None:
+                caller.tokens = Window()
+            caller.tokens.pass_to(now)
+        if (claim.rpm and caller.requests.total >= claim.rpm) or claim.tpm:
+            _check_windows(caller, claim, now)
+        if claim.concurrency and len(caller.leases) >= claim.concurrency:
+            raise _no_lease(caller, claim, now)
+        return Reservation(caller, claim, now, self._clock)
+
+    def __len__(self) -> int:
+        """How many callers are remembered."""
+        return len(self._callers)
+
+    def _check_budget(self, caller: _Caller, claim: Claim) -> None:
+        wall = self._wall()
+        number = int(wall // DAY_SECONDS)
+        if caller.day is None or caller.day.number != number:
+            caller.day = Day(claim.caller, number, self._budgets)
+        left = caller.day.left(claim.budget)
+        if claim.tokens > left or not left:
+            raise InsufficientQuota(
+                f"{claim.budget} tokens a day are allowed for this key, {left} are left, and this request may use "
+                f"{claim.tokens}; the next day begins at 00:00 UTC",
+                retry_after=(number + 1) * DAY_SECONDS - wall,
+            )
+
+    def _sweep(self, now: float) -> None:
+        """Forget some who have not come for a minute, so that many addresses cost no memory, and no pause."""
+        for _ in range(min(SWEPT_AT_ONCE, len(self._callers))):
+            name, caller = next(iter(self._callers.items()))
+            if caller.seen > now - WINDOW_SECONDS:
+                return
+            if caller.idle(now):
+                del self._callers[name]
+            else:
+                self._callers.move_to_end(name)
+                caller.seen = now  # a long request; it is looked at again in a minute
+
+
+def _check_windows(caller: _Caller, claim: Claim, now: float) -> None:
+    """Of two that are full, the one that is full longer is told of, for only then the request will pass."""
+    requests = caller.requests.wait(now, 1, claim.rpm) if claim.rpm else 0.0
+    tokens = 0.0
+    if claim.tpm and claim.tokens > claim.tpm:
+        raise TokensExceeded(
+            f"this request may use {claim.tokens} tokens, and {claim.tpm} a minute are allowed for this key: ask for "
+            "a shorter answer",
+            headers=dict(_headers(claim, caller, now)) | {"x-should-retry": "false"},
+        )
+    if claim.tpm and caller.tokens:
+        tokens = caller.tokens.wait(now, claim.tokens, claim.tpm)
+    wait = max(requests, tokens)
+    if wait <= 0:
+        return
+    error: type[TooManyRequests]
+    if requests >= tokens:
+        error = RateLimitExceeded
+        message = f"{claim.rpm} requests a minute are allowed for this key; the next one passes in {wait:.1f} s"
+    else:
+        error = TokensExceeded
+        message = (
+            f"{claim.tpm} tokens a minute are allowed for this key, and this request may use {claim.tokens}; it "
+            f"passes in {wait:.1f} s"
+        )
+    raise error(message, retry_after=wait, headers=_refused(claim, caller, now, wait))
+
+
+def _no_lease(caller: _Caller, claim: Claim, now: float) -> ConcurrencyExceeded:
+    """When a running request will end nobody knows: a likely time is told."""
+    oldest = next(iter(caller.leases.values()))
+    wait = min(WINDOW_SECONDS, max(1.0, caller.held_seconds - (now - oldest)))
+    return ConcurrencyExceeded(
+        f"{claim.concurrency} requests at once are allowed for this key, and as many run",
+        retry_after=wait,
+        headers=_refused(claim, caller, now, wait),
     )
 
 
-class RequestLimits:
-    """Sliding windows of request times by key id (or address, where there are no keys)."""
+def _refused(claim: Claim, caller: _Caller, now: float, wait: float) -> dict[str, str]:
+    return dict(_headers(claim, caller, now)) | {"retry-after-ms": str(math.ceil(wait * 1000))}
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._windows: dict[str, deque[float]] = {}
-        self._swept_at = clock()
 
-    def reserve(self, who: str, per_minute: int) -> Reservation:
-        """Count one request of `who`; `per_minute` 0 means no limit.
-
-        Raises RateLimitExceeded with the true time until a request will pass.
-        """
-        now = self._clock()
-        if not per_minute:
-            return Reservation(None, now, 0, 0, 0.0)
-        if now - self._swept_at > WINDOW_SECONDS:
-            self._sweep(now)
-        window = self._windows.get(who)
-        if window is None:
-            window = self._windows[who] = deque()
-        horizon = now - WINDOW_SECONDS
-        while window and window[0] <= horizon:
-            window.popleft()
-        if len(window) >= per_minute:
-            # the limit may have been lowered since: it is the per_minute-th youngest that must leave
-            wait = window[len(window) - per_minute] - horizon
-            raise RateLimitExceeded(
-                f"{per_minute} requests a minute are allowed for this key; the next one passes in {wait:.1f} s",
-                retry_after=wait,
-                headers=dict(_headers(per_minute, 0, wait)) | {"retry-after-ms": str(math.ceil(wait * 1000))},
-            )
-        window.append(now)
-        return Reservation(window, now, per_minute, per_minute - len(window), window[0] - horizon)
-
-    def _sweep(self, now: float) -> None:
-        """Forget those who have not come for a minute, so that many addresses cost no memory."""
-        self._swept_at = now
-        horizon = now - WINDOW_SECONDS
-        self._windows = {who: window for who, window in self._windows.items() if window and window[-1] > horizon}
+def _headers(claim: Claim, caller: _Caller, now: float) -> Headers:
+    told: Headers = ()
+    if claim.rpm:
+        requests = caller.requests
+        told = (
+            ("x-ratelimit-limit-requests", str(claim.rpm)),
+            ("x-ratelimit-remaining-requests", str(max(0, claim.rpm - requests.total))),
+            ("x-ratelimit-reset-requests", f"{math.ceil(requests.reset(now))}s"),
+        )
+    if claim.tpm and caller.tokens:
+        tokens = caller.tokens
+        told += (
+            ("x-ratelimit-limit-tokens", str(claim.tpm)),
+            ("x-ratelimit-remaining-tokens", str(max(0, claim.tpm - tokens.total))),
+            ("x-ratelimit-reset-tokens", f"{math.ceil(tokens.reset(now))}s"),
+        )
+    return told

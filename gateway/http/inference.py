@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 
 from aiohttp import HttpVersion11, web
@@ -166,6 +167,9 @@ def make_call(request: web.Request, body: bytes) -> Call:
         call.priority = priority(request.headers["X-Request-Priority"])
     if "X-Request-Timeout" in request.headers:
         call.max_wait = max_wait(request.headers["X-Request-Timeout"])
+    elif "X-Stainless-Read-Timeout" in request.headers:  # openai-python and its kin: so long they wait for a byte
+        with contextlib.suppress(BadRequest):  # it may say that none was given
+            call.max_wait = max_wait(request.headers["X-Stainless-Read-Timeout"])
     return call
 
 

@@ -14,7 +14,7 @@ from aiohttp import web
 from gateway.http import sse
 from gateway.http.context import KEY, RUNTIME
 from gateway.http.visible import named_model, visible_models
-from gateway.models.manager import MemoryView
+from gateway.models.overview import MemoryView
 from gateway.runtime import Runtime
 from gateway.state import Board, ModelState, ModelStatus, ServiceState
 from gateway.stores.keyfile import Key

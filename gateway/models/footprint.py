@@ -17,7 +17,7 @@ import re
 import signal
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -231,12 +231,16 @@ class FootprintBook:
         new = self._path.with_name(f".{self._path.name}.{os.getpid()}.new")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            new.write_text(json.dumps({name: asdict(one) for name, one in entries.items()}))
+            new.write_text(json.dumps({name: _row(one) for name, one in entries.items()}))
             new.replace(self._path)
         except OSError:
             self.write_errors += 1
             with contextlib.suppress(OSError):
                 new.unlink()
+
+
+def _row(one: Measured) -> dict[str, object]:
+    return {"buffers": dict(one.buffers), "load_seconds": one.load_seconds, "raised": one.raised}
 
 
 def _entries(data: bytes) -> dict[str, Measured]:

@@ -10,27 +10,15 @@ from dataclasses import dataclass, field, replace
 from gateway.backend import Backend
 from gateway.errors import BadRequest
 from gateway.models.local import LocalOwner
+from gateway.models.overview import MemoryView, Plan, foretell, memory_view
 from gateway.models.owner import Lease, Owner
 from gateway.models.plan import Herd, Planner
 from gateway.models.policy import Need, preload_what_fits
 from gateway.models.registry import ModelSpec, Registry
-from gateway.models.room import MIB, Landlord, mib
+from gateway.models.room import Landlord
 from gateway.state import Board, ModelState
 
 log = logging.getLogger("corral.models")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What loading a model would do. Sizes are MiB."""
-
-    model: str
-    fits: bool
-    already_loaded: bool
-    need_mb: int
-    evict: tuple[str, ...]
-    blocked_by: tuple[str, ...]
-    reason: str
 
 
 @dataclass
@@ -40,44 +28,6 @@ class Changes:
     added: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class DeviceRow:
-    """MiB."""
-
-    name: str
-    total_mb: int
-    used_mb: int
-    free_mb: int
-    budget_mb: int
-    booked_mb: int
-
-
-@dataclass(frozen=True)
-class ModelRow:
-    """MiB on the devices that count, booked: what was measured, or what is foretold."""
-
-    id: str
-    state: ModelState
-    predicted_mb: int | None
-    measured_mb: int | None
-    leases: int
-    pinned: bool
-    last_used_unix: float | None
-    detail: str | None
-
-
-@dataclass(frozen=True)
-class MemoryView:
-    """MiB. The budget is that of all models together."""
-
-    devices: tuple[DeviceRow, ...]
-    budget_mb: int
-    margin_mb: int
-    used_est_mb: int
-    models: tuple[ModelRow, ...]
-    can_load_more: bool
 
 
 class Manager:
@@ -100,7 +50,9 @@ class Manager:
         self._make_owner = make_owner
         self._removed = removed
         self._tasks: set[asyncio.Task[None]] = set()
-        self._gone_loads = self._gone_evictions = 0  # of models that are not configured any more
+        self._gone_loads = self._gone_evictions = 0  # of owners that are no more
+        self._retiring: dict[str, asyncio.Task[None]] = {}  # who drains: not configured any more, or served elsewhere
+        self._closing: set[str] = set()  # those of them that cannot come back
         self.owners = {model_id: make_owner(spec) for model_id, spec in registry.specs.items()}
 
     def start(self) -> None:
@@ -166,27 +118,7 @@ class Manager:
         if not isinstance(owner, LocalOwner):
             raise BadRequest(f"{owner.id} is served by another machine: it takes no memory here")
         booked = self.landlord.needs.get(owner.id)
-        need = booked if booked is not None else await owner.estimate()
-        room = self.landlord.ask(owner, need)
-        if booked is not None:
-            reason = f"it is {owner.state}"
-        elif room.fits:
-            reason = "there is room"
-        elif room.never:
-            reason = self.landlord.refusal(owner, need, room).message
-        elif room.evict:
-            reason = f"{', '.join(room.evict)} would go: least recently used, and idle"
-        else:
-            reason = f"it would wait until {', '.join(room.busy)} is idle"
-        return Plan(
-            model=owner.id,
-            fits=booked is not None or not room.never,
-            already_loaded=owner.backend is not None,
-            need_mb=mib(need, self.landlord.budget),
-            evict=room.evict if booked is None else (),
-            blocked_by=room.busy if booked is None else (),
-            reason=reason,
-        )
+        return foretell(owner, booked if booked is not None else await owner.estimate(), self.landlord)
 
     def herd(self) -> Herd:
         """What a plan must know of the others."""
@@ -207,29 +139,7 @@ class Manager:
 
     def memory(self) -> MemoryView:
         """As it was found last, and what is booked now."""
-        landlord = self.landlord
-        memory, needs, budget = landlord.memory, landlord.needs, landlord.budget
-        devices = tuple(
-            DeviceRow(
-                device.name,
-                device.total // MIB,
-                (device.total - device.free) // MIB,
-                device.free // MIB,
-                budget.limits.get(device.name, device.total) // MIB,
-                sum(need.get(device.name, 0) for need in needs.values()) // MIB,
-            )
-            for device in memory.devices
-        )
-        rows = tuple(self._row(model_id, owner) for model_id, owner in self.owners.items())
-        most = budget.max_models
-        return MemoryView(
-            devices,
-            (budget.in_all or 0) // MIB,
-            self._margin_mb,
-            -(-landlord.used_bytes // MIB),
-            rows,
-            can_load_more=(most is None or len(needs) < most) and landlord.used_bytes < (budget.in_all or 0),
-        )
+        return memory_view(self.owners, self._board, self.landlord, self._margin_mb)
 
     @property
     def evictions_total(self) -> int:
@@ -241,8 +151,16 @@ class Manager:
 
     # --- another registry
 
+    async def ready_for(self, registry: Registry) -> None:
+        """Until `registry` may be applied: a model that comes back waits for the end of the one that had gone."""
+        while ending := [self._retiring[name] for name in self._closing & registry.specs.keys()]:
+            await asyncio.wait(ending)
+
     def apply(self, registry: Registry) -> Changes:
-        """Models that are new are there at once; those that are gone finish what runs; others start anew when idle."""
+        """Models that are new are there at once; those that are gone finish what runs; others start anew when idle.
+
+        Call it in the same turn of the loop in which `ready_for` has returned.
+        """
         changes = Changes()
         self._board.single = registry.single
         old, self.registry = self.registry, registry
@@ -255,46 +173,56 @@ class Manager:
                 self.owners[model_id].start()
             elif started_otherwise(owner.spec, spec):
                 changes.changed.append(model_id)
-                owner.change(spec)
+                if serves(owner, spec):
+                    owner.change(spec)
+                else:
+                    self._retire(model_id)
             else:
                 owner.spec = spec
-        for model_id in old.specs.keys() - registry.specs.keys():
+        for model_id in sorted(old.specs.keys() - registry.specs.keys()):
             changes.removed.append(model_id)
-            self._board.release(model_id)
-            self._spawn(self._retire(model_id), f"retire {model_id}")
+            self._retire(model_id)
+        for model_id, owner in self.owners.items():
+            if owner.kept and model_id not in registry.preload:
+                owner.kept = False
+                self._board.release(model_id)
         for model_id in registry.preload if not registry.preload_all else ():
-            if model_id not in old.preload:
+            if model_id not in old.preload or not self.owners[model_id].kept:
                 self._keep(model_id)
         return changes
 
-    async def _retire(self, model_id: str) -> None:
+    def _retire(self, model_id: str) -> None:
+        if model_id not in self._retiring:
+            self._retiring[model_id] = self._spawn(self._until_retired(model_id), f"retire {model_id}")
+
+    async def _until_retired(self, model_id: str) -> None:
         owner = self.owners[model_id]
         await owner.unused()
-        if model_id in self.registry.specs:
+        spec = self.registry.specs.get(model_id)
+        if spec is None:
+            self._closing.add(model_id)
+            del self.owners[model_id]
+            await owner.close()
+            self._closing.discard(model_id)
+            del self._retiring[model_id]
+            self._board.remove_model(model_id)
+            self._removed(model_id)
+        elif not serves(owner, spec):
+            del self._retiring[model_id]  # it may be told to move on while the old one ends
+            owner.leave_board()
+            self._board.add_model(model_id, required=False)
+            self.owners[model_id] = self._make_owner(spec)
+            self.owners[model_id].start()
+            if owner.kept:
+                self._keep(model_id)
+            await owner.close()
+        else:
+            del self._retiring[model_id]
             return  # it has come back meanwhile
-        del self.owners[model_id]
-        await owner.close()
         self._gone_loads += owner.generation
         self._gone_evictions += owner.evictions
-        self._board.remove_model(model_id)
-        self._removed(model_id)
 
     # --- helpers
-
-    def _row(self, model_id: str, owner: Owner) -> ModelRow:
-        status, budget = self._board.models[model_id], self.landlord.budget
-        need = self.landlord.needs.get(model_id)
-        measured = owner.measured if isinstance(owner, LocalOwner) else None
-        return ModelRow(
-            model_id,
-            status.state,
-            mib(need, budget) if need is not None else None,
-            mib(measured, budget) if measured is not None and need is not None else None,
-            owner.leases,
-            owner.spec.pinned,
-            status.last_used_at,
-            status.detail,
-        )
 
     def _keep(self, model_id: str) -> None:
         owner = self.owners[model_id]
@@ -322,6 +250,13 @@ class Manager:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def serves(owner: Owner, spec: ModelSpec) -> bool:
+    """Whether this owner can go on with `spec`: a foreign server is another one where anything about it has changed."""
+    if isinstance(owner, LocalOwner):
+        return spec.url is None
+    return spec.url is not None and not started_otherwise(owner.spec, spec)
 
 
 def started_otherwise(old: ModelSpec, new: ModelSpec) -> bool:

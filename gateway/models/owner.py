@@ -17,6 +17,9 @@ from gateway.state import Board, ModelState
 
 log = logging.getLogger("corral.models")
 
+# what is not known of a model that has no server
+GONE: dict[str, None] = {"load_progress": None, "pid": None, "port": None, "detail": None, "vram_used_mb": None}
+
 
 class Lease:
     """A request's hold on a model, from before the model is chosen until the answer's last byte."""
@@ -33,6 +36,11 @@ class Lease:
 
     async def __aexit__(self, *_: object) -> None:
         self._owner.lease_ended(self.generation)
+
+    @property
+    def loading(self) -> bool:
+        """Whether `backend` would have to wait."""
+        return self._owner.backend is None
 
     async def backend(self, deadline: float) -> Backend:
         """The model's server, loaded if need be; `deadline` is on the loop's clock.
@@ -78,6 +86,7 @@ class Owner(ABC):
         self._waiting: set[asyncio.Future[None]] = set()
         self._wake = asyncio.Event()
         self._free: asyncio.Event | None = None
+        self._stir = asyncio.Event()  # set when it is loaded, is off, or nobody uses it any more
         self._wanted = False
         self._closing = False
         self._task: asyncio.Task[None] | None = None
@@ -148,7 +157,12 @@ class Owner(ABC):
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
         if self.state is not ModelState.FAILED:
-            self._set(ModelState.OFF, pid=None, port=None, load_progress=None, detail=None)
+            self._set(ModelState.OFF, **GONE)
+
+    def leave_board(self) -> None:
+        """Another one stands for this model from now on: nobody need know what happens to this one until its end."""
+        self._board = Board()
+        self._board.add_model(self.spec.id, required=False)
 
     async def wait_ready(self, deadline: float) -> Backend:
         """Wait for the load that all who wait share."""
@@ -217,6 +231,7 @@ class Owner(ABC):
         self.backend = None
 
     def _settle_waiting(self, error: CorralError | None) -> None:
+        self._stir.set()
         for waiter in self._waiting:
             if not waiter.done():
                 if error is None:
@@ -227,7 +242,7 @@ class Owner(ABC):
     def _failed(self, message: str) -> None:
         self._not_ready()
         self._wanted = False
-        self._set(ModelState.FAILED, error_message=message, load_progress=None, pid=None, detail=None)
+        self._set(ModelState.FAILED, error_message=message, **GONE)
         self._events.emit("model.failed", f"{self.spec.id}: {message}", logging.ERROR, model=self.spec.id)
         self._settle_waiting(ModelFailed(f"{self.spec.id} has failed: {message}", retry_after=60))
 
@@ -250,10 +265,14 @@ class Owner(ABC):
                 self.ctx = int(props["default_generation_settings"]["n_ctx"]) or None
 
     async def _supervised(self) -> None:
-        try:
-            await self._live()
-        except asyncio.CancelledError:
-            raise
-        except Exception as error:
-            log.exception("the owner of %s ended", self.spec.id)
-            self._failed(f"internal error: {error}")
+        while True:
+            try:
+                return await self._live()
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:
+                log.exception("the owner of %s stumbled", self.spec.id)
+                self._failed(f"internal error: {error}")
+            while self.state is ModelState.FAILED:  # a reset lets it live again
+                self._wake.clear()
+                await self._wake.wait()

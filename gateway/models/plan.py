@@ -55,6 +55,7 @@ class Sizes:
     key: str | None  # under which its footprint is remembered
     need: Need
     measured: bool  # not foretold by us, but told by llama-server itself, now or another time
+    buffers: Need  # the part of it that are llama-server's buffers
     gpus: tuple[str, ...]  # that it sees, in its order
     file_bytes: int
     of: Callable[[Mapping[str, int]], Need]  # measured buffers → need
@@ -148,7 +149,7 @@ class _Sized:
         beside = sum(map(_size, facts.files))
         header = self.header
         if header is None:
-            return Sizes(None, {}, False, gpus, _size(self.path), lambda measured: dict(measured))
+            return Sizes(None, {}, False, {}, gpus, _size(self.path), lambda measured: dict(measured))
         try:
             key = footprint_key([*shards(self.path), *map(Path, facts.files)], argv, [one.name for one in seen])
         except (OSError, GGUFError):
@@ -161,7 +162,9 @@ class _Sized:
 
         measured = known.need if known is not None else {}
         found = of(measured) if measured else foretold
-        return Sizes(key, found, bool(measured), gpus, header.tensor_bytes + beside, of)
+        besides = of({RAM: 0})
+        buffers = measured or {device: size - besides.get(device, 0) for device, size in foretold.items()}
+        return Sizes(key, found, bool(measured), buffers, gpus, header.tensor_bytes + beside, of)
 
 
 def _with_slots_that_fit(launch: Launch, sized: _Sized) -> Launch:

@@ -37,6 +37,8 @@ class RemoteOwner(Owner):
         return  # it is not ours
 
     def reset(self) -> None:
+        if self.state is ModelState.FAILED:
+            self._set(ModelState.LOADING, error_message=None)
         self._wake.set()  # to look at once
 
     def _unused(self) -> None:

@@ -42,6 +42,7 @@ class Landlord:
         self._booked: dict[str, tuple[Tenant, Need]] = {}
         self._waiting: dict[str, tuple[Tenant, Need, asyncio.Future[None]]] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._after: dict[str, str] = {}  # who ran out of memory → who has to be gone before it is tried again
 
     @property
     def budget(self) -> Budget:
@@ -50,6 +51,8 @@ class Landlord:
     def found(self, memory: Memory) -> None:
         """What there is now; others on this machine take and give back, too."""
         self.memory = memory
+        if self._waiting:
+            self.look()
 
     @property
     def needs(self) -> dict[str, Need]:
@@ -93,6 +96,7 @@ class Landlord:
 
     def leave(self, tenant: Tenant) -> None:
         if self._booked.pop(tenant.id, None) is not None:
+            self._after = {one: other for one, other in self._after.items() if other != tenant.id}
             self.look()
 
     def ask(self, tenant: Tenant, need: Need) -> Room:
@@ -100,7 +104,10 @@ class Landlord:
         return find_room(need, self._residents(without=tenant.id), self.budget, self._clock())
 
     def evict_one(self, tenant: Tenant) -> bool:
-        """For one that ran out of memory although its room was booked: the least recently used idle model goes."""
+        """For one that ran out of memory although its room was booked: the least recently used idle model goes.
+
+        False where there is none. The next `book` waits until it has gone, whatever the books say.
+        """
         idle = [
             one
             for one in self._residents(without=tenant.id)
@@ -109,6 +116,7 @@ class Landlord:
         if not idle:
             return False
         victim = min(idle, key=lambda one: one.last_used)
+        self._after[tenant.id] = victim.id
         self._booked[victim.id][0].evict(f"{tenant.id} ran out of memory while it loaded")
         return True
 
@@ -120,6 +128,9 @@ class Landlord:
         again: list[float] = []
         for tenant, need, granted in tuple(self._waiting.values()):
             if granted.done():
+                continue
+            if tenant.id in self._after:
+                tenant.waits(f"ran out of memory: tried once more when {self._after[tenant.id]} has gone")
                 continue
             room = self.ask(tenant, need)
             if room.never and self.lenient:

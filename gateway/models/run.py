@@ -70,8 +70,10 @@ class Run:
         self.planned = planned
         self.process = process
         self.backend = backend
+        self.ready = False
         self._buffers = buffers
         self._begun = time.monotonic()
+        self._wedged: str | None = None
 
     @classmethod
     async def start(
@@ -90,8 +92,6 @@ class Run:
         launch = planned.launch
         run = cls(planned, process, connect(f"http://127.0.0.1:{launch.port}", launch.api_key), buffers)
         return run
-
-    ready = False
 
     @property
     def seconds(self) -> float:
@@ -119,13 +119,22 @@ class Run:
                 tell(done)
             await process.ended_within(pause)
             pause = min(_SLOWEST_POLL_SECONDS, pause * 1.5)
-        if flag := refused_flag(process.last_lines, self.planned.launch):
-            raise FlagRefused(flag)
         if process.running:
             return f"llama-server was not ready after {LOAD_SECONDS:g} s"
+        if not wanted():
+            raise NotWanted
+        await process.stop()  # has ended, and now its last words are read as well
+        if self._wedged is not None:
+            return self._wedged
+        if flag := refused_flag(process.last_lines, self.planned.launch):
+            raise FlagRefused(flag)
         if out_of_memory(process.last_lines, process.status):
             raise OutOfMemory(process.explain(process.status), self.planned)
-        return process.explain(process.status)
+        return await self.why_ended()
+
+    async def why_ended(self) -> str:
+        """In one sentence."""
+        return self._wedged or self.process.explain(await self.process.stop())
 
     async def until_woken(self, wake: asyncio.Event, seconds: float | None) -> None:
         """Until it has ended, somebody wakes its owner, or `seconds` are over."""
@@ -139,8 +148,8 @@ class Run:
 
     async def kill_when_wedged(self, serving: Callable[[], int], said: Callable[[str], None]) -> None:
         """A task of its own beside the run: ends it when it is alive but dead."""
-        reason = await until_wedged(self.process, self.backend, serving)
-        said(reason)
+        self._wedged = await until_wedged(self.process, self.backend, serving)
+        said(self._wedged)
         self.process.kill()
 
     async def end(self) -> None:

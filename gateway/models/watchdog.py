@@ -16,6 +16,7 @@ from gateway.models.process import Process
 WATCH_SECONDS = 15.0
 WEDGED_SECONDS = 120.0
 _HEALTH_SECONDS = 5.0
+_ALIVE = (200, 503)  # a slow disk may keep it loading for long, with hardly any work: that has a bound of its own
 IDLE_SHARE = 0.02  # of a core; answering /health takes less
 
 
@@ -25,13 +26,13 @@ class Look:
 
     at: float
     cpu: float | None  # used by the process since its start; None: it cannot be seen
-    healthy: bool
+    answers: bool  # it answers /health, also that it loads, and /slots while no request of ours runs
     busy_for_nobody: bool  # a slot works, and no request of ours runs
 
 
 def wrong(look: Look) -> str | None:
-    if not look.healthy:
-        return "it does not answer /health"
+    if not look.answers:
+        return "it does not answer"
     return "a slot is busy for a client that has left" if look.busy_for_nobody else None
 
 
@@ -65,10 +66,10 @@ async def _look(process: Process, backend: Backend, serving: Callable[[], int]) 
         if not serving():
             found, body = await backend.get("/slots", _HEALTH_SECONDS)
             busy = found == 200 and any(slot.get("is_processing") for slot in json.loads(body)) and not serving()
-        healthy = status == 200
-    except (CorralError, ValueError, AttributeError):
-        healthy = False
-    return Look(time.monotonic(), cpu_seconds(process.pid), healthy, busy)
+        answers = status in _ALIVE
+    except (CorralError, ValueError, AttributeError, TypeError):
+        answers = False
+    return Look(time.monotonic(), cpu_seconds(process.pid), answers, busy)
 
 
 def cpu_seconds(pid: int) -> float | None:

@@ -140,6 +140,11 @@ class Accounts:
         record.queue_ms = waited * 1000
         self._metrics.queue_wait.labels(record.model).observe(waited)
 
+    def measure(self, record: Record, call: Call, meter: Meter, streamed: bool) -> None:
+        """Its tokens, from as much of its answer as has come."""
+        if meter.first_at is not None:
+            record.usage = meter.usage(call.route.dialect, streamed)
+
     def close(self, record: Record, call: Call, meter: Meter, streamed: bool) -> None:
         """`streamed`: llama-server's answer came as a stream, whatever the client asked for."""
         self.active -= 1
@@ -149,7 +154,6 @@ class Accounts:
         record.duration_ms = (now - call.received_at) * 1000
         if meter.first_at is not None:
             record.ttft_ms = (meter.first_at - call.received_at) * 1000
-            record.usage = meter.usage(call.route.dialect, streamed)
         self._count(record, call, meter, now, streamed)
         if log.isEnabledFor(logging.INFO):
             log.callHandlers(Line(record, time.time()))

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 
 import msgspec
 
-from gateway.admission.limits import RequestLimits
+from gateway.admission.limits import Limits
 from gateway.admission.queue import Queue, Ticket
 from gateway.connection import Reply
-from gateway.errors import BackendGone, CorralError, ModelNotAllowed, Unavailable
+from gateway.errors import BackendGone, CorralError, ModelNotAllowed
 from gateway.models.manager import Manager
 from gateway.models.owner import Lease
 from gateway.models.registry import ModelSpec
 from gateway.pipeline.account import CLIENT_LEFT, Accounts, Record, note_failure
 from gateway.pipeline.call import Call, Fields, decoded, fill_in
+from gateway.pipeline.claims import claim_of, expected_tokens, priority_of
 from gateway.pipeline.dialects import Dialect
 from gateway.pipeline.fetch import MediaFetcher
 from gateway.pipeline.media import Media, find_media
@@ -43,7 +44,7 @@ class Spine:
         settings: Settings,
         manager: Manager,
         queues: Mapping[str, Queue],
-        limits: RequestLimits,
+        limits: Limits,
         accounts: Accounts,
     ) -> None:
         self._settings = settings
@@ -88,19 +89,20 @@ class Spine:
             if call.size > LARGE_BYTES:
                 await self.turns.take()
             media = find_media(fields, call.route.dialect, allow_remote=self._settings.allow_remote_media)
-            per_minute = call.key.rpm if call.key.rpm is not None else self._settings.max_requests_per_minute
-            reservation = self._limits.reserve(call.caller, per_minute)  # 4
+            tokens = expected_tokens(call, fields, self._settings, self._manager.owners[spec.id].ctx or 0)
+            reservation = self._limits.reserve(claim_of(call, self._settings, tokens))  # 4
             call.headers_out.extend(reservation.headers())
             try:
                 if media.remote:
                     fields = await self._with_media(call, media)
                 else:
                     fields = media.fields
-                streamed = await self._admitted(call, fields, spec, answer, record)
-            except (Unavailable, asyncio.CancelledError):
+                streamed = await self._admitted(call, fields, spec, answer, record, tokens)
+            finally:
                 if answer.meter.first_at is None:  # it was not served: it costs nothing
                     reservation.refund()
-                raise
+                else:
+                    reservation.settle(record.usage.prompt + record.usage.completion)
         except asyncio.CancelledError:
             record.status = CLIENT_LEFT
             raise
@@ -128,21 +130,32 @@ class Spine:
         call.size = max(call.size, sum(memoryview(value).nbytes for value in fields.values()))
         return fields
 
-    async def _admitted(self, call: Call, fields: Fields, spec: ModelSpec, answer: Answer, record: Record) -> bool:
+    async def _admitted(
+        self, call: Call, fields: Fields, spec: ModelSpec, answer: Answer, record: Record, tokens: int
+    ) -> bool:
         """Steps 5 to 7; whether llama-server's answer was a stream."""
         loop = asyncio.get_running_loop()
         asked_at = loop.time()
         wait = self._settings.queue_timeout_seconds
         deadline = call.received_at + (wait if call.max_wait is None else min(wait, call.max_wait))
         places = 0 if call.route.dialect in _NO_PLACE else call.places
-        async with self._queues[spec.id].place(Ticket(call.caller, places, call.size, deadline)):  # 5
+        ticket = Ticket(call.caller, places, call.size, deadline, priority=priority_of(call), cost=tokens)
+        async with self._queues[spec.id].place(ticket) as place:  # 5
             placed_at = loop.time()
             self._accounts.placed(record, placed_at - asked_at)
             call.headers_out.append(("x-queue-time-ms", str(int(record.queue_ms))))
             async with self._manager.lease(spec.id) as lease:  # 6
-                await lease.backend(deadline)
-                record.load_ms = (loop.time() - placed_at) * 1000
-                return await self._stream(call, fields, spec, lease, answer, deadline)  # 7
+                if lease.loading:
+                    await lease.backend(deadline)
+                    record.load_ms = (loop.time() - placed_at) * 1000
+                    place.serving()
+                streamed = call.stream
+                try:
+                    streamed = await self._stream(call, fields, spec, lease, answer, deadline)  # 7
+                finally:
+                    self._accounts.measure(record, call, answer.meter, streamed)
+                    place.served(record.usage.prompt - record.usage.cached + record.usage.completion)
+                return streamed
 
     async def _stream(
         self, call: Call, fields: Fields, spec: ModelSpec, lease: Lease, answer: Answer, deadline: float

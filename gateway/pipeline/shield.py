@@ -103,14 +103,22 @@ def bound_answer(fields: Fields, dialect: Dialect, *, default: int | None, most:
     if not dialect.generates:
         return 0
     names = _BOUNDS[dialect]
-    asked = [value for name in names if name in fields and (value := _token_bound(fields, name)) is not None]
-    wanted = asked[0] if asked else default
+    asked = asked_bound(fields, dialect)
+    wanted = default if asked is None else asked
     bound = most if wanted is None else min(wanted, most)
     for name in names:
         if name in fields:
             del fields[name]
     fields[names[-1]] = msgspec.Raw(str(bound).encode())
     return bound
+
+
+def asked_bound(fields: Fields, dialect: Dialect) -> int | None:
+    """The tokens that the request itself allows one answer; None where it does not say. Raises BadRequest."""
+    for name in _BOUNDS[dialect]:
+        if name in fields and (value := _token_bound(fields, name)) is not None:
+            return value
+    return None
 
 
 def _token_bound(fields: Fields, name: str) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,32 @@ def until(gateway: Gateway, model: str, *wanted: str, seconds: float = 10) -> di
         return row if row is not None and row["state"] in wanted else False
 
     return eventually(look, seconds)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A program that stands where llama-server should: it notes how it is started, and becomes the real one."""
+
+    path: Path
+    log: Path
+
+    def starts(self, model: str, *, glances: bool = False) -> int:
+        """How often the model was started; or how often llama-server was only asked what it would need."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        return sum(f"--alias {model} " in f"{line} " and line.endswith("--port 0") is glances for line in lines)
+
+
+def stage(folder: Path, server: Path, prologue: str = "") -> Stage:
+    """`prologue` is shell; it sees the model's id as $model, and $glance is set for a start that loads nothing."""
+    made = Stage(folder / "staged-server", folder / "starts")
+    made.path.write_text(
+        f"""#!/bin/sh
+echo "$*" >> {made.log}
+model=$(echo "$*" | sed -n 's/.*--alias \\([^ ]*\\).*/\\1/p')
+case "$*" in *"--port 0") glance=1;; *) glance=;; esac
+{prologue}
+exec {server} "$@"
+"""
+    )
+    made.path.chmod(0o755)
+    return made

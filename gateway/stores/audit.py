@@ -1,0 +1,278 @@
+"""The audit: every request and every event, in the tables `requests` and `events`.
+
+Adding costs the event loop an append; rows are made of it by the writer's thread. A writer that falls behind loses
+detail first (prompts and answers), then rows, each counted; it never holds a request up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sqlite3
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+from gateway.stores.dbrows import BATCH_ROWS, Bell, Row, Rows
+
+MOST_WAITING = 20_000  # rows; about 15 MB
+MOST_CONTENT = 32 * 1024 * 1024  # bytes of prompts and answers that wait
+MOST_TEXT = 65_536  # characters of a prompt or an answer, and of an event's data
+TIDY_ROWS = 5000
+
+SCHEMA = """
+CREATE TABLE requests (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, ts REAL NOT NULL, request_id TEXT NOT NULL, trace_id TEXT NOT NULL,
+    key_id TEXT NOT NULL, model TEXT NOT NULL, route TEXT NOT NULL, transport TEXT NOT NULL, status INTEGER NOT NULL,
+    error TEXT, queue_ms REAL, load_ms REAL, ttft_ms REAL, duration_ms REAL, tokens_in INTEGER, tokens_out INTEGER,
+    tokens_cached INTEGER, stream INTEGER, cache TEXT, prompt TEXT, response TEXT
+);
+CREATE INDEX requests_ts ON requests (ts);
+CREATE TABLE events (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, ts REAL NOT NULL, level TEXT NOT NULL, code TEXT NOT NULL, message TEXT,
+    data TEXT
+);
+CREATE INDEX events_ts ON events (ts);
+"""
+COLUMNS = (
+    "ts request_id trace_id key_id model route transport status error queue_ms load_ms ttft_ms duration_ms tokens_in "
+    "tokens_out tokens_cached stream cache prompt response"
+).split()
+
+_REQUESTS = f"INSERT INTO requests ({', '.join(COLUMNS)})"
+_EVENTS = "INSERT INTO events (ts, level, code, message, data)"
+
+Content = Literal["off", "hash", "full"]
+T = TypeVar("T")
+
+
+class Tokens(Protocol):
+    @property
+    def prompt(self) -> int: ...
+    @property
+    def completion(self) -> int: ...
+    @property
+    def cached(self) -> int: ...
+
+
+class Request(Protocol):
+    """What is written of a request: times in milliseconds, `ts` in unix seconds."""
+
+    @property
+    def ts(self) -> float: ...
+    @property
+    def request_id(self) -> str: ...
+    @property
+    def trace_id(self) -> str: ...
+    @property
+    def key_id(self) -> str: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def route(self) -> str: ...
+    @property
+    def transport(self) -> str: ...
+    @property
+    def stream(self) -> bool: ...
+    @property
+    def status(self) -> int: ...
+    @property
+    def error(self) -> str | None: ...
+    @property
+    def queue_ms(self) -> float: ...
+    @property
+    def load_ms(self) -> float: ...
+    @property
+    def ttft_ms(self) -> float | None: ...
+    @property
+    def duration_ms(self) -> float: ...
+    @property
+    def usage(self) -> Tokens: ...
+
+
+class Happening(Protocol):
+    """What is written of an event; `level` is a number of `logging`."""
+
+    @property
+    def ts(self) -> float: ...
+    @property
+    def level(self) -> int: ...
+    @property
+    def code(self) -> str: ...
+    @property
+    def message(self) -> str: ...
+    @property
+    def data(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Detail:
+    """What only some requests have: how the response cache answered, and the texts, if AUDIT_CONTENT keeps them."""
+
+    cache: str | None = None
+    prompt: str | None = None
+    response: str | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.prompt or "") + len(self.response or "")
+
+
+_NO_DETAIL = Detail()
+
+
+class Backlog(Generic[T]):
+    """Rows on their way to the writer: the event loop adds, the writer takes; neither waits for the other."""
+
+    def __init__(self, bell: Bell) -> None:
+        self.dropped = 0
+        self.taken: list[Row] = []  # the writer's
+        self._waiting: deque[T] = deque()
+        self._bell = bell
+
+    def add(self, item: T) -> bool:
+        """False where there is no room."""
+        waiting, bell = self._waiting, self._bell
+        count = len(waiting)
+        if count >= MOST_WAITING:
+            self.dropped += 1
+            return False
+        waiting.append(item)
+        if not bell.awake:
+            bell.ring()
+        elif count == BATCH_ROWS:
+            bell.hurry()
+        return True
+
+    def take(self, row: Callable[[T], Row]) -> list[Row]:
+        """The same again until `done`: they are not written yet."""
+        if not self.taken:
+            waiting = self._waiting
+            self.taken = [row(waiting.popleft()) for _ in range(min(len(waiting), BATCH_ROWS))]
+        return self.taken
+
+    def done(self) -> None:
+        self.taken = []
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self.taken)
+
+
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """What is kept of it: 0 days are for ever; `mask` takes secrets out of what events say."""
+
+    retention_days: int
+    content: Content = "off"
+    mask: Callable[[str], str] = str
+
+
+class Audit:
+    """A store (see db.Store)."""
+
+    def __init__(self, bell: Bell, keeping: Keeping, counted: Callable[[Request], None] = lambda record: None) -> None:
+        """`counted` is called by the writer's thread, with each request that it takes."""
+        self._keeping, self._counted = keeping, counted
+        self.requests: Backlog[tuple[Request, Detail] | Request] = Backlog(bell)
+        self._events: Backlog[Happening] = Backlog(bell)
+        self._content_in = self._content_out = 0  # each is counted by one thread alone
+        self.trimmed = 0  # prompts and answers that were left out
+
+    def add_request(self, record: Request, detail: Detail | None = None) -> bool:
+        """On the event loop; `record` does not change any more. False where there is no room."""
+        if detail is None:
+            return self.requests.add(record)
+        if self._content_in - self._content_out + detail.size > MOST_CONTENT:
+            detail = Detail(detail.cache)
+            self.trimmed += 1
+        if not self.requests.add((record, detail)):
+            return False
+        self._content_in += detail.size
+        return True
+
+    def add_event(self, event: Happening) -> None:
+        self._events.add(event)
+
+    @property
+    def dropped(self) -> int:
+        """Rows that found no room."""
+        return self.requests.dropped + self._events.dropped
+
+    @property
+    def waiting(self) -> int:
+        return len(self.requests) + len(self._events)
+
+    # The writer's thread
+
+    def opened(self, connection: sqlite3.Connection) -> None:
+        """There is nothing to read."""
+
+    def pending(self) -> list[Rows]:
+        return [
+            Rows(_REQUESTS, self.requests.take(self._request_row)),
+            Rows(_EVENTS, self._events.take(self._event_row)),
+        ]
+
+    def written(self) -> None:
+        self.requests.done()
+        self._events.done()
+
+    def tidy(self, connection: sqlite3.Connection, now: float) -> bool:
+        if not self._keeping.retention_days:
+            return False
+        gone, until = 0, now - self._keeping.retention_days * 86_400
+        for table in ("requests", "events"):
+            old = f"SELECT id FROM {table} WHERE ts < ? ORDER BY ts LIMIT {TIDY_ROWS}"
+            gone += connection.execute(f"DELETE FROM {table} WHERE id IN ({old})", (until,)).rowcount
+        return gone >= TIDY_ROWS
+
+    def _request_row(self, entry: tuple[Request, Detail] | Request) -> Row:
+        record, detail = entry if isinstance(entry, tuple) else (entry, _NO_DETAIL)
+        self._content_out += detail.size
+        self._counted(record)
+        usage = record.usage
+        return (
+            record.ts,
+            record.request_id,
+            record.trace_id,
+            record.key_id,
+            record.model,
+            record.route,
+            record.transport,
+            record.status,
+            record.error,
+            record.queue_ms,
+            record.load_ms,
+            record.ttft_ms,
+            record.duration_ms,
+            usage.prompt,
+            usage.completion,
+            usage.cached,
+            record.stream,
+            detail.cache,
+            kept(detail.prompt, self._keeping.content),
+            kept(detail.response, self._keeping.content),
+        )
+
+    def _event_row(self, event: Happening) -> Row:
+        data = self._keeping.mask(json.dumps(event.data, default=str, skipkeys=True)) if event.data else None
+        if data is not None and len(data) > MOST_TEXT:
+            data = json.dumps({"left_out_characters": len(data)})
+        level = logging.getLevelName(event.level).lower()
+        return event.ts, level, event.code, _writable(self._keeping.mask(event.message)), data
+
+
+def kept(text: str | None, content: Content) -> str | None:
+    """What is written of a prompt or an answer."""
+    if text is None or content == "off":
+        return None
+    if content == "hash":
+        return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+    return _writable(text)
+
+
+def _writable(text: str) -> str:
+    """Half a pair of surrogates, which JSON can bring, is no text for SQLite."""
+    return text[:MOST_TEXT].encode(errors="replace").decode()
