@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from aiohttp import web
 
 from gateway.errors import ConfigError
-from gateway.http import admin, models, ops, status
+from gateway.http import admin, logs, models, ops, status, usage
 from gateway.http.context import RUNTIME, on_prepare
 from gateway.http.hot import HotRoutes
 from gateway.http.inference import ROUTES, expected, infer
@@ -45,10 +45,12 @@ TABLE = (
     ("GET", "/models", models.list_files, "infer"),
     ("GET", "/status", status.instances, "infer"),
     ("GET", "/vram", status.vram, "infer"),
+    ("GET", "/v1/usage", usage.usage, "infer"),
     ("POST", "/v1/models/load", models.load, "admin"),
     ("POST", "/v1/models/eject", models.eject, "admin"),
     ("POST", "/v1/models/{model}/reset", models.reset, "admin"),
     ("POST", "/v1/plan", models.plan, "admin"),
+    ("GET", "/logs", logs.logs, "admin"),
     ("POST", "/reload", admin.reload, "admin"),
     ("GET", "/upstream/{model}/{what}", admin.upstream, "admin"),
 )

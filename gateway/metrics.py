@@ -140,6 +140,10 @@ class Metrics:
         self.model_vram = self._gauge("model_vram_bytes", "Memory of a loaded model", "model")
         self.vram_budget = self._gauge("vram_budget_bytes", "Memory that models may use")
         self.vram_used = self._gauge("vram_used_bytes", "Memory that loaded models use, as the ledger counts it")
+        self.redis_up = self._gauge("redis_up", "1 while limits are shared over Redis")
+        self.limits_alone = self._counter(
+            "limits_alone", "Decisions made without Redis, at this gateway's share"
+        )
         self.cache_requests = self._counter("cache_requests", "Look-ups in the response cache", "result")
         self.bytes_sent = self._counter("bytes_sent", "Bytes of answers from models")
         self.loop_lag = self._histogram(
@@ -147,6 +151,8 @@ class Metrics:
         )
         self.tasks = self._gauge("asyncio_tasks", "Tasks on the event loop")
         self.log_errors = self._gauge("log_write_errors", "Log entries that no file could take")
+        self.records_dropped = self._gauge("records_dropped", "Rows of the audit that are lost")
+        self.records_failing = self._gauge("records_failing", "1 while the disk refuses records")
         self.uptime = self._gauge("uptime_seconds", "Since the start of the gateway")
         self.uptime.set_function(lambda: time.monotonic() - self.started)
         self._gauge("build_info", "Always 1", "version").labels(__version__).set(1)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import shutil
+import tempfile
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gateway.admission.limits import Limits
 from gateway.admission.queue import ByteBudget, Queue
 from gateway.backend import Backend
-from gateway.environment import child_environment, hub_caches, secret_named
+from gateway.environment import child_environment, hub_caches, instance_name, secret_named
 from gateway.errors import ConfigError
-from gateway.events import Events
+from gateway.events import Event, Events
 from gateway.logs import LogWriter
 from gateway.metrics import Metrics
 from gateway.models.command import INHERITED, INHERITED_PREFIXES, check_extra_args
@@ -36,6 +39,12 @@ from gateway.pipeline.splice import Pinger
 from gateway.settings import Settings, variables
 from gateway.state import Board, ModelState, ServiceState, publishing
 from gateway.stores.keys import KeyRing, ReloadReport
+
+if TYPE_CHECKING:
+    from gateway.stores.books import Books
+
+if TYPE_CHECKING:
+    from gateway.stores.redis_limits import SharedLimits
 
 log = logging.getLogger("corral.runtime")
 
@@ -60,6 +69,8 @@ class Runtime:
     queues: dict[str, Queue]
     budget: ByteBudget
     accounts: Accounts
+    books: Books
+    shared: SharedLimits | None  # where REDIS_URL is set
     spine: Spine
     pinger: Pinger
     configure: Callable[[], Settings]  # reads the configuration anew
@@ -160,6 +171,10 @@ async def open_runtime(
             _owner_maker(settings, logs, board, events, metrics, planner, landlord, lambda: manager.herd()),
             removed=lambda model_id: _forget(model_id, queues, metrics),
         )
+        # the books are opened when the first model is being started, and closed when the last one has ended
+        late = await stack.enter_async_context(contextlib.AsyncExitStack())
+        early: deque[Event] = deque(maxlen=100)
+        events.listen(early.append)
         stack.push_async_callback(manager.close)
         manager.start()
         await asyncio.sleep(0)  # the owners begin before anything slower is done here
@@ -172,7 +187,11 @@ async def open_runtime(
 
         queues |= {spec.id: make_queue(spec) for spec in registry.specs.values()}
         accounts = Accounts(metrics, loop.time)
-        spine = Spine(settings, manager, queues, Limits(loop.time), accounts)
+        books = await late.enter_async_context(_books(settings, logs, events, accounts))
+        for event in early:
+            books.event(event)
+        shared = await stack.enter_async_context(_shared_limits(settings, metrics))
+        spine = Spine(settings, manager, queues, Limits(loop.time, budgets=books.budgets), shared, accounts)
         pinger = Pinger(settings.sse_ping_seconds)
         runtime = Runtime(
             settings,
@@ -185,17 +204,48 @@ async def open_runtime(
             queues,
             budget,
             accounts,
+            books,
+            shared,
             spine,
             pinger,
             configure or (lambda: settings),
             make_queue,
             ticks=[],
         )
+        runtime.ticks.append(lambda _: _watch_books(books, metrics))
         runtime.ticks += [pinger.tick, runtime.manager.sweep, lambda _: metrics.log_errors.set(logs.errors)]
         _connect(runtime)
         await stack.enter_async_context(_ticking(runtime.ticks, metrics))
         events.emit("startup", f"models: {', '.join(registry.specs)}")
         yield runtime
+
+
+@contextlib.asynccontextmanager
+async def _books(settings: Settings, logs: LogWriter, events: Events, accounts: Accounts) -> AsyncIterator[Books]:
+    from gateway.stores.audit import Keeping  # SQLite is imported while the first llama-server starts
+    from gateway.stores.books import open_books
+    from gateway.stores.db import Place
+
+    def told(problem: str | None) -> None:
+        if problem is None:
+            events.emit("records.written", "records are written again")
+        else:
+            message = f"no records are written, the service goes on: {problem}"
+            events.emit("records.failed", message, logging.ERROR, problem=problem)
+
+    local = Path(tempfile.gettempdir()) / f"corral-{os.getuid()}"
+    place = Place(settings.audit_db, local, instance_name())
+    content: Any = settings.audit_content  # one of the three that settings allows
+    keeping = Keeping(settings.audit_retention_days, content, logs.mask)
+    async with open_books(place, told, keeping) as books:
+        accounts.listen(books.record)
+        events.listen(books.event)
+        yield books
+
+
+def _watch_books(books: Books, metrics: Metrics) -> None:
+    metrics.records_dropped.set(books.dropped)
+    metrics.records_failing.set(books.database.problem is not None)
 
 
 def check_configuration(settings: Settings) -> tuple[Registry, Path | None]:
@@ -334,6 +384,18 @@ def _make_gauges(metrics: Metrics, model_ids: Iterable[str]) -> None:
     for model_id in model_ids:
         for state in ModelState:
             metrics.model_state.labels(model_id, state)
+
+
+@contextlib.asynccontextmanager
+async def _shared_limits(settings: Settings, metrics: Metrics) -> AsyncIterator[SharedLimits | None]:
+    """Raises ConfigError for a wrong REDIS_URL; a Redis that is away neither fails nor delays the start."""
+    if not settings.redis_url:
+        yield None
+        return
+    from gateway.stores.redis_limits import Told, sharing  # only who has a Redis pays for it
+
+    async with sharing(settings.redis_url, Told(metrics.redis_up.set, metrics.limits_alone.inc)) as shared:
+        yield shared
 
 
 def _forget(model_id: str, queues: dict[str, Queue], metrics: Metrics) -> None:

@@ -18,6 +18,7 @@ LEVELS: list[tuple[str, ...]] = [
     ("serve",),
     ("keys",),
     *(("keys", command) for command in ("generate", "list", "rotate", "remove", "check")),
+    ("logs",),
     ("config",),
     ("config", "check"),
 ]

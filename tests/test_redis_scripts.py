@@ -56,7 +56,7 @@ def renew(
 
 
 def sums(redis: Redis) -> dict[str, int]:
-    return {name: int(value) for name, value in redis.hgetall(SUMS).items() if int(value)}
+    return {str(name): int(value) for name, value in redis.hgetall(SUMS).items() if int(value)}
 
 
 def test_a_reservation_that_comes_twice_counts_once(redis: Redis) -> None:
@@ -107,7 +107,8 @@ def test_what_was_used_before_redis_lost_it_is_restored(redis: Redis) -> None:
 def test_yesterdays_budget_is_no_more(redis: Redis) -> None:
     redis.hset(BUDGET, mapping={"day": int(time.time() // 86_400) - 1, "used": 999, "gateway": "1"})
     assert reserve(redis, "a") == 0
-    assert renew(redis, charge=("1", 5))[1] == 5
+    assert renew(redis, charge=("1", 40))[1] == 0  # charged yesterday, and told again
+    assert renew(redis, charge=("2", 5))[1] == 5
     assert redis.hget(BUDGET, "used") == "5"
 
 

@@ -17,6 +17,7 @@ examples:
   corral serve                           serve what the environment names
   corral keys generate --name ada        make an API key
   corral models status --watch           see what the models of a running gateway do
+  corral logs --since 1h --status 5xx    print the records of requests
   corral config check                    print every problem of the configuration
 
 Variables and more: README.md. `corral COMMAND --help` has further examples."""
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    from gateway.cli import config, keys, keys_options, models_options, serve
+    from gateway.cli import config, keys, keys_options, logs_options, models_options, serve
 
     parser: argparse.ArgumentParser = Parser(
         prog="corral",
@@ -79,6 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_parser(commands)
     keys.add_parser(commands, _keys_file)
     models_options.add_parser(commands)
+    logs_options.add_parser(commands)
     config.add_parser(commands)
     return parser
 

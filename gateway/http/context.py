@@ -18,6 +18,7 @@ TRACEPARENT = web.RequestKey("traceparent", str)
 RECEIVED_AT = web.RequestKey("received_at", float)  # on the loop's clock
 ORIGIN = web.RequestKey("origin", str)  # an allowed one
 KEY = web.RequestKey("key", Key)
+ERROR = web.RequestKey("error", str)  # the code that it was refused with
 ACCOUNTED = web.RequestKey("accounted", bool)  # the spine has counted it
 TEMPLATE = web.RequestKey("template", str)  # of its route, where aiohttp's router was not asked
 BODY = web.RequestKey("body", bytes)  # where it came together with its head

@@ -53,6 +53,8 @@ async def health(request: web.Request) -> web.Response:
         "authentication": {"enabled": settings.auth_enabled, "keys": runtime.keys.view().keys},
         "uptime": round(time.time() - board.started_at, 3),
     }
+    if runtime.shared is not None:
+        body["redis"] = runtime.shared.view()
     return web.json_response(body, status=200 if ready else 503)
 
 

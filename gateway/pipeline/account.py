@@ -113,9 +113,19 @@ class Accounts:
         self.clock = clock
         self._series: dict[tuple[str, str, int, str, str], _Series] = {}
         self.active = 0
+        self._listeners: list[Callable[[Record], None]] = []
         self.idle = asyncio.Event()  # set while nothing runs
         self.idle.set()
         metrics.active.set_function(lambda: self.active)
+
+    def listen(self, callback: Callable[[Record], None]) -> None:
+        """It is called with each record that is closed, on the hot path."""
+        self._listeners.append(callback)
+
+    def refused(self, record: Record) -> None:
+        """A request that did not come to the spine; it is counted elsewhere."""
+        for listener in self._listeners:
+            listener(record)
 
     def meter(self) -> Meter:
         return Meter(self.clock)
@@ -155,6 +165,8 @@ class Accounts:
         if meter.first_at is not None:
             record.ttft_ms = (meter.first_at - call.received_at) * 1000
         self._count(record, call, meter, now, streamed)
+        for listener in self._listeners:
+            listener(record)
         if log.isEnabledFor(logging.INFO):
             log.callHandlers(Line(record, time.time()))
 

@@ -56,6 +56,7 @@ class Call:
     transport: str = "http"
     raw: bytes | None = None  # a body that is not JSON (audio), forwarded as it is
     content_type: str = "application/json"
+    reached: bool = False  # llama-server has answered it, if only with a refusal
     headers_out: list[tuple[str, str]] = field(default_factory=list)  # what the spine tells the client in headers
 
 

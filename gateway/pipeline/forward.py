@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -32,6 +33,9 @@ from gateway.refusals import translate_error
 from gateway.settings import Settings
 from gateway.stores.keyfile import Key
 
+if TYPE_CHECKING:
+    from gateway.stores.redis_limits import SharedLimits
+
 LONG_ANSWER_TOKENS = 32
 LONG_PROMPT_BYTES = 16 * 1024
 MAX_ERROR_BYTES = 1024 * 1024
@@ -45,12 +49,14 @@ class Spine:
         manager: Manager,
         queues: Mapping[str, Queue],
         limits: Limits,
+        shared: SharedLimits | None,
         accounts: Accounts,
     ) -> None:
         self._settings = settings
         self._manager = manager
         self._queues = queues
         self._limits = limits
+        self._shared = shared
         self._accounts = accounts
         self._quarantine = Quarantine(accounts.clock)
         self._fetcher = MediaFetcher()
@@ -90,7 +96,8 @@ class Spine:
                 await self.turns.take()
             media = find_media(fields, call.route.dialect, allow_remote=self._settings.allow_remote_media)
             tokens = expected_tokens(call, fields, self._settings, self._manager.owners[spec.id].ctx or 0)
-            reservation = self._limits.reserve(claim_of(call, self._settings, tokens))  # 4
+            claim, shared = claim_of(call, self._settings, tokens), self._shared
+            reservation = self._limits.reserve(claim) if shared is None else await shared.reserve(claim)  # 4
             call.headers_out.extend(reservation.headers())
             try:
                 if media.remote:
@@ -99,10 +106,10 @@ class Spine:
                     fields = media.fields
                 streamed = await self._admitted(call, fields, spec, answer, record, tokens)
             finally:
-                if answer.meter.first_at is None:  # it was not served: it costs nothing
-                    reservation.refund()
-                else:
+                if call.reached:
                     reservation.settle(record.usage.prompt + record.usage.completion)
+                else:  # it was not served: it costs nothing
+                    reservation.refund()
         except asyncio.CancelledError:
             record.status = CLIENT_LEFT
             raise
@@ -202,6 +209,7 @@ class Spine:
         return _Upstream(msgspec.json.encode(fields), skip_progress=skip_progress)
 
     async def _deliver(self, call: Call, reply: Reply, answer: Answer, upstream: _Upstream) -> None:
+        call.reached = True
         if reply.status != 200:
             raise translate_error(reply.status, await reply.read(MAX_ERROR_BYTES))
         if upstream.assembling is None:

@@ -35,7 +35,7 @@ class Timing:
     """Seconds."""
 
     call: float = 0.05  # the longest wait for Redis, and for a connection to it
-    slow: float = 0.025  # an answer that took longer is used, but counts as a bad one
+    slow: float = 0.04  # an answer that took longer is used, but counts as a bad one
     beat: float = 2.0  # between renewals of leases
     lease: float = 10.0  # how long those of a gateway that was killed outlive it
 
@@ -190,6 +190,7 @@ class SharedLimits:
     async def probe(self) -> bool:
         """Call Redis though the breaker is open; if it answers in time, tell it all that it may not know, and close."""
         self._breaker = self._breaker.probing()
+        self._news.count_from = self._clock() + self._timing.lease
         good = await all_told([self._news.beat()])  # connects
         if good:
             began = self._clock()

@@ -40,6 +40,7 @@ class News:
         self.unsent: list[End] = []
         self.doubtful = False  # whether Redis still holds what it was told
         self.gateways = 1  # as Redis has said last
+        self.count_from = 0.0  # till then Redis may not have heard of all: one that has lost its data counts too few
         self.lease = int(lease * 1e6)
         self._calls = calls
         self._id = urandom(8).hex()
@@ -59,7 +60,8 @@ class News:
     def beat(self, *, leaving: bool = False) -> asyncio.Future[Answer | None]:
         def heard(answer: asyncio.Future[Answer | None]) -> None:
             if told := answer.result():
-                self.gateways = max(1, told[0])
+                least = self.gateways if time.monotonic() < self.count_from else 1
+                self.gateways = max(least, told[0])
 
         answer = self._calls.send(BEAT, GATEWAYS, (self._id, 0 if leaving else self.lease))
         answer.add_done_callback(heard)

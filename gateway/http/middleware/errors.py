@@ -15,7 +15,7 @@ from gateway.errors import (
     NotFound,
     PayloadTooLarge,
 )
-from gateway.http.context import REQUEST_ID
+from gateway.http.context import ERROR, REQUEST_ID
 
 log = logging.getLogger("corral.http")
 
@@ -51,6 +51,7 @@ def told(request: web.Request, error: Exception) -> web.Response:
 
 
 def render(request: web.Request, error: CorralError) -> web.Response:
+    request[ERROR] = error.code
     body: dict[str, Any] = error.body()
     if request.path.startswith(("/v1/messages", "/messages")):
         kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from os import urandom
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from gateway.http.context import ACCOUNTED, RECEIVED_AT, REQUEST_ID, RUNTIME, TRACEPARENT, template
+from gateway.http.context import ACCOUNTED, ERROR, KEY, RECEIVED_AT, REQUEST_ID, RUNTIME, TRACEPARENT, template
+from gateway.pipeline.account import Record
 
 _SANE = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
@@ -37,6 +39,29 @@ def count(request: web.Request, response: web.StreamResponse) -> None:
     if not request.get(ACCOUNTED):
         path = template(request) or "unknown"
         request.app[RUNTIME].metrics.count_request(path, method_label(request.method), response.status, "")
+        from gateway.http.inference import ROUTES  # which needs this module
+
+        if path in ROUTES and KEY in request:  # strangers must not be able to fill the books
+            write_down(request, path, response.status)
+
+
+def write_down(request: web.Request, path: str, status: int) -> None:
+    """A request for a model that was refused before it came to the spine."""
+    took = asyncio.get_running_loop().time() - request[RECEIVED_AT]
+    record = Record(
+        ts=time.time() - took,
+        request_id=request[REQUEST_ID],
+        trace_id=request[TRACEPARENT][3:35],
+        key_id=request[KEY].id,
+        route=path,
+        method=method_label(request.method),
+        transport="http",
+        stream=False,
+        status=status,
+        error=request.get(ERROR),
+        duration_ms=took * 1000,
+    )
+    request.app[RUNTIME].accounts.refused(record)
 
 
 def method_label(method: str) -> str:
