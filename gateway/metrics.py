@@ -141,9 +141,7 @@ class Metrics:
         self.vram_budget = self._gauge("vram_budget_bytes", "Memory that models may use")
         self.vram_used = self._gauge("vram_used_bytes", "Memory that loaded models use, as the ledger counts it")
         self.redis_up = self._gauge("redis_up", "1 while limits are shared over Redis")
-        self.limits_alone = self._counter(
-            "limits_alone", "Decisions made without Redis, at this gateway's share"
-        )
+        self.limits_alone = self._counter("limits_alone", "Decisions made without Redis, at this gateway's share")
         self.cache_requests = self._counter("cache_requests", "Look-ups in the response cache", "result")
         self.bytes_sent = self._counter("bytes_sent", "Bytes of answers from models")
         self.loop_lag = self._histogram(
