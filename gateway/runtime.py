@@ -352,7 +352,7 @@ def _queue(settings: Settings, metrics: Metrics, spec: ModelSpec, budget: ByteBu
 
 def _connect(runtime: Runtime) -> None:
     """What one part must hear of another."""
-    board, metrics = runtime.board, runtime.metrics
+    board, metrics, landlord = runtime.board, runtime.metrics, runtime.manager.landlord
 
     def model_changed(model_id: str | None) -> None:
         if model_id is None or model_id not in board.models:
@@ -360,6 +360,8 @@ def _connect(runtime: Runtime) -> None:
         status = board.models[model_id]
         for state in ModelState:
             metrics.model_state.labels(model_id, state).set(state is status.state)
+        booked = landlord.needs.get(model_id)
+        metrics.model_vram.labels(model_id).set(landlord.budget.counted_bytes([booked]) if booked else 0)
         owner = runtime.manager.owners.get(model_id)
         slots = owner and (owner.spec.slots or owner.slots)
         if status.state is ModelState.READY and slots and not runtime.settings.max_concurrent_requests:
@@ -371,6 +373,8 @@ def _connect(runtime: Runtime) -> None:
         runtime.events.emit("keys.reloaded", f"{report.loaded} keys are loaded")
 
     loop = asyncio.get_running_loop()
+    metrics.vram_budget.set_function(lambda: landlord.budget.in_all or 0)
+    metrics.vram_used.set_function(lambda: landlord.used_bytes)
     metrics.tasks.set_function(lambda: len(asyncio.all_tasks(loop)))
     board.listen(model_changed)
     for model_id in board.models:
@@ -403,6 +407,8 @@ def _forget(model_id: str, queues: dict[str, Queue], metrics: Metrics) -> None:
     queues.pop(model_id, None)
     with contextlib.suppress(KeyError):
         metrics.queue_depth.remove(model_id)
+    with contextlib.suppress(KeyError):
+        metrics.model_vram.remove(model_id)
     for state in ModelState:
         with contextlib.suppress(KeyError):
             metrics.model_state.remove(model_id, state)

@@ -133,6 +133,17 @@ def test_a_storm(three: Gateway, budget: int) -> None:
     assert "Traceback" not in three.stderr
 
 
+def test_the_gauges_say_what_the_books_say(three: Gateway, budget: int) -> None:
+    assert ask(three, "m0").status == 200
+    lines = three.get("/metrics", key=None).body.decode().splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if line.startswith(("gateway_vram", "gateway_model_vram")))
+    per_model = {name: float(value) for name, value in values.items() if name.startswith("gateway_model_vram")}
+    assert float(values["gateway_vram_budget_bytes"]) == budget << 20
+    assert 0 < float(values["gateway_vram_used_bytes"]) == sum(per_model.values()) <= budget << 20
+    booked = {name for name, row in rows(three).items() if row["state"] == "ready"}
+    assert {name for name in booked if per_model[f'gateway_model_vram_bytes{{model="{name}"}}'] > 0} == booked
+
+
 def test_thirty_first_requests_share_one_load(three: Gateway) -> None:
     three.request("POST", "/v1/models/eject", {"model": "m4"}, key=ADMIN)
     before = loads(three)
