@@ -42,8 +42,6 @@ from gateway.stores.keys import KeyRing, ReloadReport
 
 if TYPE_CHECKING:
     from gateway.stores.books import Books
-
-if TYPE_CHECKING:
     from gateway.stores.redis_limits import SharedLimits
 
 log = logging.getLogger("corral.runtime")
@@ -170,6 +168,7 @@ async def open_runtime(
             planner,
             _owner_maker(settings, logs, board, events, metrics, planner, landlord, lambda: manager.herd()),
             removed=lambda model_id: _forget(model_id, queues, metrics),
+            waited_for=lambda model_id: model_id in queues and queues[model_id].occupied,
         )
         # the books are opened when the first model is being started, and closed when the last one has ended
         late = await stack.enter_async_context(contextlib.AsyncExitStack())

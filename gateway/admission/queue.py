@@ -142,6 +142,11 @@ class Queue:
     def waiting(self) -> int:
         return len(self._waiters)
 
+    @property
+    def occupied(self) -> bool:
+        """Whether anybody holds a place or waits for one."""
+        return self.active > 0 or bool(self._waiters)
+
     def resize(self, capacity: int) -> None:
         self.capacity = capacity
         self._grant(asyncio.get_running_loop().time())

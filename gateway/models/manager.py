@@ -41,6 +41,7 @@ class Manager:
         planner: Planner,
         make_owner: Callable[[ModelSpec], Owner],
         removed: Callable[[str], None] = lambda _: None,
+        waited_for: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self.registry = registry
         self.landlord = landlord
@@ -49,6 +50,7 @@ class Manager:
         self._margin_mb = planner.settings.vram_margin_mb
         self._make_owner = make_owner
         self._removed = removed
+        self._waited_for = waited_for  # has requests that were let in, and have no lease yet
         self._tasks: set[asyncio.Task[None]] = set()
         self._gone_loads = self._gone_evictions = 0  # of owners that are no more
         self._retiring: dict[str, asyncio.Task[None]] = {}  # who drains: not configured any more, or served elsewhere
@@ -197,7 +199,9 @@ class Manager:
 
     async def _until_retired(self, model_id: str) -> None:
         owner = self.owners[model_id]
-        await owner.unused()
+        while owner.leases or self._waited_for(model_id):
+            await owner.unused()
+            await asyncio.sleep(0.001)  # who has just been given a place takes its lease now
         spec = self.registry.specs.get(model_id)
         if spec is None:
             self._closing.add(model_id)

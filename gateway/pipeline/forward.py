@@ -13,7 +13,7 @@ import msgspec
 from gateway.admission.limits import Limits
 from gateway.admission.queue import Queue, Ticket
 from gateway.connection import Reply
-from gateway.errors import BackendGone, CorralError, ModelNotAllowed
+from gateway.errors import BackendGone, CorralError, ModelNotAllowed, ModelNotFound
 from gateway.models.manager import Manager
 from gateway.models.owner import Lease
 from gateway.models.registry import ModelSpec
@@ -85,7 +85,7 @@ class Spine:
         streamed = call.stream
         try:
             spec = self._manager.registry.resolve(call.model)  # 1
-            record.model = spec.id
+            record.model, ctx = spec.id, self._manager.owners[spec.id].ctx or 0
             authorise(call.key, spec)  # 2
             if spec.defaults and call.raw is None:
                 fill_in(call, spec.defaults)
@@ -95,7 +95,7 @@ class Spine:
             if call.size > LARGE_BYTES:
                 await self.turns.take()
             media = find_media(fields, call.route.dialect, allow_remote=self._settings.allow_remote_media)
-            tokens = expected_tokens(call, fields, self._settings, self._manager.owners[spec.id].ctx or 0)
+            tokens = expected_tokens(call, fields, self._settings, ctx)
             claim, shared = claim_of(call, self._settings, tokens), self._shared
             reservation = self._limits.reserve(claim) if shared is None else await shared.reserve(claim)  # 4
             call.headers_out.extend(reservation.headers())
@@ -147,6 +147,8 @@ class Spine:
         deadline = call.received_at + (wait if call.max_wait is None else min(wait, call.max_wait))
         places = 0 if call.route.dialect in _NO_PLACE else call.places
         ticket = Ticket(call.caller, places, call.size, deadline, priority=priority_of(call), cost=tokens)
+        if spec.id not in self._queues:  # a reload took it away while media were fetched, or Redis was asked
+            raise ModelNotFound(f"the model {spec.id!r} is not configured any more", param="model")
         async with self._queues[spec.id].place(ticket) as place:  # 5
             placed_at = loop.time()
             self._accounts.placed(record, placed_at - asked_at)

@@ -291,6 +291,19 @@ def test_preload_of_all_is_cut_to_what_fits(tmp_path: Path, folder: Path, budget
         assert ask(gateway, "m5").status == 200
 
 
+def test_who_waits_in_the_queue_of_a_removed_model_is_served(tmp_path: Path, folder: Path, slow_model: Path) -> None:
+    kept = {"kept": {"model_path": str(folder / "m0.gguf")}}
+    models = kept | {"slow": {"model_path": str(slow_model)}}
+    with herd(tmp_path, models, PARALLEL="1", CTX="1024") as gateway, ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(ask, gateway, "slow", max_tokens=60, user=str(number)) for number in range(4)]
+        eventually(lambda: rows(gateway)["slow"]["queue_len"] == 3)
+        write_models(tmp_path, kept)
+        assert gateway.request("POST", "/reload", key=ADMIN).json()["models"]["removed"] == ["slow"]
+        assert ask(gateway, "slow").status == 404
+        assert [answer.result().status for answer in answers] == [200] * 4
+        eventually(lambda: "slow" not in rows(gateway))
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_eject_waits_and_force_does_not(tmp_path: Path, force: bool) -> None:
     model = tmp_path / "x.gguf"
