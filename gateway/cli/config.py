@@ -71,7 +71,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run_check(args: argparse.Namespace) -> int:
-    from gateway.runtime import check_configuration
+    from gateway.runtime.configuration import check_configuration
 
     try:
         settings = load_configuration(args.models_file)

@@ -1,0 +1,65 @@
+"""What is to be run, checked before anything of it is started."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gateway.errors import ConfigError
+from gateway.models.command import check_extra_args
+from gateway.models.registry import Registry, build_registry
+from gateway.settings import Settings, variables
+
+if TYPE_CHECKING:
+    pass
+
+
+log = logging.getLogger("corral.runtime")
+
+# Settings that say which models there are, and nothing else: a reload is enough for them.
+_OF_MODELS = frozenset(
+    "MODEL_NAME MODEL_PATH MODEL_URL MODEL_SHA256 MODEL_HF LLAMA_URL CONFIG_PATH DEFAULT_MODEL".split()
+)
+
+
+def check_configuration(settings: Settings) -> tuple[Registry, Path | None]:
+    """The models and the llama-server to run them with. Raises ConfigError with all that is wrong."""
+    problems = check_extra_args(settings.extra_args)
+    registry: Registry | None = None
+    binary = None
+    try:
+        registry = build_registry(settings)
+        if any(spec.url is None for spec in registry.specs.values()):
+            binary = find_llama_server(settings)
+    except ConfigError as error:
+        problems += error.problems
+    if problems or registry is None:
+        raise ConfigError(problems)
+    return registry, binary
+
+
+def changed_settings(old: Settings, new: Settings) -> list[str]:
+    """The names of those that a reload does not bring into force."""
+    names = (var.name for var in variables() if var.name not in _OF_MODELS)
+    return [name for name in names if getattr(old, name.lower()) != getattr(new, name.lower())]
+
+
+def is_lenient(registry: Registry, settings: Settings) -> bool:
+    """Whether a model is tried even if it seems too large: there is no other one, and nobody has set a bound."""
+    return registry.single and "VRAM_BUDGET_MB" not in settings.explicit
+
+
+def find_llama_server(settings: Settings) -> Path:
+    """Raises ConfigError."""
+    named = settings.llama_server_path
+    if named is not None:
+        found = shutil.which(named)
+        if found is None:
+            raise ConfigError([f"LLAMA_SERVER_PATH={str(named)!r}: there is no such program"])
+        return Path(found)
+    found = shutil.which("/app/llama-server") or shutil.which("llama-server")
+    if found is None:
+        raise ConfigError(["no llama-server at /app/llama-server or on PATH: set LLAMA_SERVER_PATH"])
+    return Path(found)
