@@ -10,16 +10,17 @@ from collections.abc import AsyncIterator
 from aiohttp import web
 
 from gateway.errors import ConfigError
-from gateway.http import admin, logs, models, ops, status, usage
+from gateway.http import admin, logs, models, ops, pages, status, usage
 from gateway.http.context import RUNTIME, on_prepare
 from gateway.http.hot import HotRoutes
-from gateway.http.inference import ROUTES, expected, infer
+from gateway.http.inference import expected, infer
 from gateway.http.middleware.auth import SCOPE_OF, auth
 from gateway.http.middleware.cors import cors
 from gateway.http.middleware.errors import errors
 from gateway.http.middleware.limits import limits
 from gateway.http.middleware.request_id import request_id
 from gateway.http.protocol import connection_factory, expire_connections
+from gateway.pipeline.routes import ROUTES
 from gateway.runtime import Runtime
 
 MIDDLEWARE = (request_id, cors, errors, limits, auth)
@@ -31,6 +32,8 @@ TABLE = (
     ("GET", "/readyz", ops.readyz, None),
     ("GET", "/health", ops.health, None),
     ("GET", "/metrics", ops.metrics, "metrics"),
+    ("GET", "/", pages.page, None),
+    ("GET", "/dashboard/{file}", pages.part, None),
     *(("POST", template, infer, "infer") for template in ROUTES),
     ("GET", "/v1/models", models.list_models, "infer"),
     ("GET", "/v1/models/status", status.all_status, "infer"),

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from gateway.errors import BackendError, InvalidKey
-from gateway.http.inference import ROUTES
+from gateway.pipeline.routes import ROUTES
 from gateway.pipeline.dialects import Dialect, error_in
 from tests import streams
 

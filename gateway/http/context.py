@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from http import HTTPStatus
-from os import urandom
 
 from aiohttp import web
 
+from gateway.pipeline.identity import new_request_id
 from gateway.pipeline.splice import Headers
 from gateway.runtime import Runtime
 from gateway.stores.keyfile import Key
@@ -30,10 +30,6 @@ EXPOSED = (
 )
 
 _STATUS_LINE = {status.value: f"HTTP/1.1 {status.value} {status.phrase}" for status in HTTPStatus}
-
-
-def new_request_id() -> str:
-    return f"req_{urandom(12).hex()}"
 
 
 def template(request: web.Request) -> str | None:

@@ -31,41 +31,14 @@ from gateway.http.context import (
     template,
 )
 from gateway.http.protocol import CLOSED, KEPT, ClientConnection
-from gateway.pipeline.call import Call, Route, parse_json_object, take_model, take_places, take_stream
+from gateway.pipeline.call import Call, read_fields
 from gateway.pipeline.dialects import Dialect
+from gateway.pipeline.routes import ROUTES, max_wait, priority
 from gateway.pipeline.splice import Headers, Splice
 from gateway.pipeline.turns import LARGE_BYTES
 from gateway.settings import Settings
 
 log = logging.getLogger("corral.http")
-
-# Route template → llama-server's own path. Beware: without /v1 `completions` and `embeddings` are llama-server's
-# native ones, and answer in another shape.
-ROUTES = {
-    template: Route(template, upstream, dialect)
-    for dialect, upstream, templates in (
-        (Dialect.CHAT, "/v1/chat/completions", ("/v1/chat/completions", "/chat/completions")),
-        (Dialect.COMPLETIONS, "/v1/completions", ("/v1/completions",)),
-        (Dialect.NATIVE, "/completion", ("/completion", "/completions")),
-        (Dialect.NATIVE, "/infill", ("/infill",)),
-        (Dialect.RESPONSES, "/v1/responses", ("/v1/responses", "/responses")),
-        (Dialect.MESSAGES, "/v1/messages", ("/v1/messages",)),
-        (Dialect.COUNT_TOKENS, "/v1/messages/count_tokens", ("/v1/messages/count_tokens",)),
-        (Dialect.EMBEDDINGS, "/v1/embeddings", ("/v1/embeddings",)),
-        (Dialect.EMBEDDINGS, "/embeddings", ("/embeddings", "/embedding")),
-        (Dialect.RERANK, "/v1/rerank", ("/v1/rerank", "/rerank", "/v1/reranking", "/reranking")),
-        (Dialect.TOKENIZE, "/tokenize", ("/tokenize", "/v1/tokenize")),
-        (Dialect.DETOKENIZE, "/detokenize", ("/detokenize", "/v1/detokenize")),
-        (Dialect.APPLY_TEMPLATE, "/apply-template", ("/apply-template", "/v1/apply-template")),
-        (
-            Dialect.TRANSCRIPTIONS,
-            "/v1/audio/transcriptions",
-            ("/v1/audio/transcriptions", "/audio/transcriptions"),
-        ),
-    )
-    for template in templates
-}
-PRIORITIES = ("high", "normal", "low")
 
 
 async def infer(request: web.Request) -> web.StreamResponse:
@@ -159,10 +132,7 @@ def make_call(request: web.Request, body: bytes) -> Call:
         return call
     if "Content-Type" in request.headers and not _is_json(request.content_type):
         raise UnsupportedMediaType(f"Content-Type is {request.content_type}: send application/json")
-    call.fields = parse_json_object(body)
-    call.model = take_model(call.fields)
-    call.stream = route.dialect.generates and take_stream(call.fields)
-    call.places = take_places(call.fields)
+    read_fields(call, body)
     if "X-Request-Priority" in request.headers:
         call.priority = priority(request.headers["X-Request-Priority"])
     if "X-Request-Timeout" in request.headers:
@@ -181,26 +151,6 @@ def form_type(request: web.Request) -> str:
     if not kind.isascii() or "boundary=" not in kind.lower():
         raise BadRequest("Content-Type names no boundary, so the form cannot be read")
     return kind
-
-
-def priority(text: str | None) -> str:
-    if text is None:
-        return "normal"
-    if text.lower() not in PRIORITIES:
-        raise BadRequest(f"X-Request-Priority is {text[:40]!r}: must be one of {', '.join(PRIORITIES)}")
-    return text.lower()
-
-
-def max_wait(text: str | None) -> float | None:
-    if text is None:
-        return None
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 < seconds < 1e9:
-        raise BadRequest(f"X-Request-Timeout is {text[:40]!r}: must be seconds, more than 0")
-    return seconds
 
 
 async def expected(request: web.Request) -> None:

@@ -9,7 +9,7 @@ from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
 
 from gateway.errors import BadRequest, CorralError, HeaderFieldsTooLarge, URITooLong
-from gateway.http.context import new_request_id
+from gateway.pipeline.identity import new_request_id
 
 _REASONS = {
     400: "Bad Request",

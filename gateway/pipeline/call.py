@@ -60,6 +60,14 @@ class Call:
     headers_out: list[tuple[str, str]] = field(default_factory=list)  # what the spine tells the client in headers
 
 
+def read_fields(call: Call, body: bytes) -> None:
+    """What the spine has to know of a JSON body. Raises InvalidJSON, BadRequest."""
+    call.fields = parse_json_object(body)
+    call.model = take_model(call.fields)
+    call.stream = call.route.dialect.generates and take_stream(call.fields)
+    call.places = take_places(call.fields)
+
+
 def parse_json_object(body: bytes) -> Fields:
     """The top level of a JSON object, its values still encoded; of repeated names the last one counts.
 

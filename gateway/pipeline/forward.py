@@ -63,8 +63,8 @@ class Spine:
         self.turns = Turns()
         self._running: set[asyncio.Task[object]] = set()
 
-    async def forward(self, call: Call, answer: Answer) -> None:
-        """Bring `call` to a model and its answer to `answer`.
+    async def forward(self, call: Call, answer: Answer) -> Record:
+        """Bring `call` to a model and its answer to `answer`; what it took is returned.
 
         1. Resolve the model.
         2. Authorise: may this key use it?
@@ -122,6 +122,7 @@ class Spine:
         finally:
             self._running.discard(task)
             self._accounts.close(record, call, answer.meter, streamed)  # 8
+        return record
 
     async def cut(self, within: float = 2.0) -> None:
         """Cancel what still runs, for the service ends; returns when all of it has given back what it held."""

@@ -122,7 +122,7 @@ def test_clients_cannot_make_series(gateway: Gateway) -> None:
         gateway.chat(model=f"xyz{number}")
         gateway.chat(key=f"xyz{number}")
         with wire(gateway) as client:
-            client.send(request(("PROPFIND", "SEARCH", "PURGE")[number % 3], "/"))
+            client.send(request(("PROPFIND", "SEARCH", "PURGE")[number % 3], "/nothing"))
             assert client.answer().status == 404
 
     strange(0)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
-from os import urandom
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from gateway.http.context import ACCOUNTED, ERROR, KEY, RECEIVED_AT, REQUEST_ID, RUNTIME, TRACEPARENT, template
 from gateway.pipeline.account import Record
-
-_SANE = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-_TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+from gateway.pipeline.identity import identity
+from gateway.pipeline.routes import ROUTES
 
 
 @web.middleware
@@ -28,10 +25,7 @@ async def request_id(request: web.Request, handler: Handler) -> web.StreamRespon
 def name(request: web.Request) -> None:
     request[RECEIVED_AT] = asyncio.get_running_loop().time()
     headers = request.headers
-    fresh = urandom(36).hex()  # once for both: it is a system call
-    given = headers.get("x-request-id")
-    request[REQUEST_ID] = given if given and _SANE.fullmatch(given) else f"req_{fresh[48:]}"
-    request[TRACEPARENT] = continued(headers.get("traceparent"), fresh)
+    request[REQUEST_ID], request[TRACEPARENT] = identity(headers.get("x-request-id"), headers.get("traceparent"))
 
 
 def count(request: web.Request, response: web.StreamResponse) -> None:
@@ -39,8 +33,6 @@ def count(request: web.Request, response: web.StreamResponse) -> None:
     if not request.get(ACCOUNTED):
         path = template(request) or "unknown"
         request.app[RUNTIME].metrics.count_request(path, method_label(request.method), response.status, "")
-        from gateway.http.inference import ROUTES  # which needs this module
-
         if path in ROUTES and KEY in request:  # strangers must not be able to fill the books
             write_down(request, path, response.status)
 
@@ -67,10 +59,3 @@ def write_down(request: web.Request, path: str, status: int) -> None:
 def method_label(method: str) -> str:
     """Clients must not be able to make new series with methods of their own invention."""
     return method if method in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH") else "other"
-
-
-def continued(given: str | None, fresh: str) -> str:
-    """The W3C trace context to pass on: the same trace with a span of ours, or a new one, out of `fresh` hex digits."""
-    if given and _TRACEPARENT.fullmatch(given):
-        return f"{given[:36]}{fresh[:16]}{given[52:]}"
-    return f"00-{fresh[16:48]}-{fresh[:16]}-01"

@@ -1,0 +1,23 @@
+"""The names that a request goes by: its id, and its place in a trace."""
+
+from __future__ import annotations
+
+import re
+from os import urandom
+
+_SANE = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+_TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+def new_request_id() -> str:
+    return f"req_{urandom(12).hex()}"
+
+
+def identity(given_id: str | None, given_trace: str | None) -> tuple[str, str]:
+    """The request's id, which is the client's own where it is sane, and its W3C `traceparent`: the same trace with a
+    span of ours, or a new one."""
+    fresh = urandom(36).hex()  # once for both: it is a system call
+    request_id = given_id if given_id and _SANE.fullmatch(given_id) else f"req_{fresh[48:]}"
+    if given_trace and _TRACEPARENT.fullmatch(given_trace):
+        return request_id, f"{given_trace[:36]}{fresh[:16]}{given_trace[52:]}"
+    return request_id, f"00-{fresh[16:48]}-{fresh[:16]}-01"
