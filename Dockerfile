@@ -22,10 +22,13 @@ ARG BUILD_PACKAGES=""
 RUN export DEBIAN_FRONTEND=noninteractive \
     && apt-get update \
     && apt-get install -y --no-install-recommends binutils python3-venv ${BUILD_PACKAGES}
-COPY requirements.lock ./
+# `runpod` brings the SDK that WORKER_MODE=runpod needs.
+ARG EXTRAS=""
+COPY requirements.lock requirements-runpod.lock ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv .venv \
-    && .venv/bin/pip --disable-pip-version-check install --no-compile --require-hashes -r requirements.lock \
+    && .venv/bin/pip --disable-pip-version-check install --no-compile --require-hashes \
+        -r requirements${EXTRAS:+-$EXTRAS}.lock \
     && .venv/bin/pip uninstall --quiet --yes setuptools pip \
     && find .venv/bin -type f -delete \
     && find .venv -name '*.so' -exec strip --strip-unneeded {} + \

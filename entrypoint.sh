@@ -99,12 +99,12 @@ case ${value[WORKER_MODE],,} in
     *) echo "WORKER_MODE='${value[WORKER_MODE]}': must be one of http, nats, runpod" >&2 && exit 2 ;;
 esac
 for name in GATEWAY_PORT RUNPOD_{POD,ENDPOINT}_ID HOST HEALTH_{MODE,STALE_SECONDS} DEBUG_SHELL; do setting "$name"; done
-setting LOG_FORMAT text
+setting LOG_FORMAT text && setting PORT_HEALTH 8001
 setting PORT "${value[GATEWAY_PORT]:-8000}" # the deprecated name; the gateway warns of it
-setting PORT_HEALTH 8001
 if [[ -n ${value[RUNPOD_POD_ID]}${value[RUNPOD_ENDPOINT_ID]} ]]; then setting PORT_HEALTH "${value[PORT]}"; fi
 if (($#)); then . "$here/health/check.sh"; fi
-if [[ ${value[PORT_HEALTH]} != "${value[PORT]}" ]]; then start_health_server; fi
+# On a port of its own the gateway answers /ping itself; a worker listens nowhere.
+if [[ ${command[0]} == worker || ${value[PORT_HEALTH]} != "${value[PORT]}" ]]; then start_health_server; fi
 
 open_boot_log
 log info "boot: ${command[*]}, data_dir=$DATA_DIR port=${value[PORT]} port_health=${value[PORT_HEALTH]}"

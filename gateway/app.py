@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from aiohttp import web
 
 from gateway.errors import ConfigError
-from gateway.http import admin, logs, models, ops, pages, status, usage
+from gateway.http import admin, cache, grammars, live, logs, models, ops, pages, status, telemetry, usage
 from gateway.http.context import RUNTIME, on_prepare
 from gateway.http.hot import HotRoutes
 from gateway.http.inference import expected, infer
@@ -19,6 +19,7 @@ from gateway.http.middleware.cors import cors
 from gateway.http.middleware.errors import errors
 from gateway.http.middleware.limits import limits
 from gateway.http.middleware.request_id import request_id
+from gateway.http.openapi import serving
 from gateway.http.protocol import connection_factory, expire_connections
 from gateway.pipeline.routes import ROUTES
 from gateway.runtime import Runtime
@@ -34,6 +35,11 @@ TABLE = (
     ("GET", "/metrics", ops.metrics, "metrics"),
     ("GET", "/", pages.page, None),
     ("GET", "/dashboard/{file}", pages.part, None),
+    ("GET", "/docs", serving.page, None),
+    ("GET", "/swagger/index.html", serving.page, None),
+    ("GET", "/docs/{file}", serving.part, None),
+    ("GET", "/openapi.json", serving.specification, None),
+    ("GET", "/swagger/doc.json", serving.specification, None),
     *(("POST", template, infer, "infer") for template in ROUTES),
     ("GET", "/v1/models", models.list_models, "infer"),
     ("GET", "/v1/models/status", status.all_status, "infer"),
@@ -49,11 +55,22 @@ TABLE = (
     ("GET", "/status", status.instances, "infer"),
     ("GET", "/vram", status.vram, "infer"),
     ("GET", "/v1/usage", usage.usage, "infer"),
+    ("GET", "/grammars", grammars.list_grammars, "infer"),
+    ("GET", "/grammars/{name}", grammars.get_grammar, "infer"),
+    ("POST", "/grammars", grammars.create, "admin"),
+    ("PUT", "/grammars/{name}", grammars.replace, "admin"),
+    ("DELETE", "/grammars/{name}", grammars.delete, "admin"),
     ("POST", "/v1/models/load", models.load, "admin"),
     ("POST", "/v1/models/eject", models.eject, "admin"),
     ("POST", "/v1/models/{model}/reset", models.reset, "admin"),
     ("POST", "/v1/plan", models.plan, "admin"),
     ("GET", "/logs", logs.logs, "admin"),
+    ("GET", "/v1/telemetry/summary", telemetry.summary, "admin"),
+    ("GET", "/v1/telemetry/requests", telemetry.requests, "admin"),
+    ("GET", "/v1/telemetry/errors", telemetry.errors, "admin"),
+    ("GET", "/metrics/stream", live.stream, "admin"),
+    ("GET", "/v1/cache/stats", cache.stats, "admin"),
+    ("POST", "/v1/cache/clear", cache.clear, "admin"),
     ("POST", "/reload", admin.reload, "admin"),
     ("GET", "/upstream/{model}/{what}", admin.upstream, "admin"),
 )
@@ -65,11 +82,13 @@ def create_app(runtime: Runtime) -> web.Application:
     app = web.Application(middlewares=MIDDLEWARE)
     app[RUNTIME] = runtime
     app[SCOPE_OF] = {}
+    app[live.FEED] = live.LiveFeed(runtime)
     for method, path, handler, scope in TABLE:
         app.router.add_route(method, path, handler, expect_handler=expected)
         if method == "GET":
             app.router.add_route("HEAD", path, handler, expect_handler=expected)
-        app[SCOPE_OF][path] = scope
+        app[SCOPE_OF][f"{method} {path}"] = scope
+        app[SCOPE_OF].setdefault(path, scope)
     app.on_response_prepare.append(on_prepare)
     return app
 
@@ -100,6 +119,7 @@ async def listening(runtime: Runtime) -> AsyncIterator[int]:
         raise ConfigError([f"PORT={settings.port}: cannot listen on {settings.host}: {reason}"]) from None
     inner, header_timeout = runner.server, settings.client_header_timeout
     runtime.ticks.append(lambda now: expire_connections(inner, now, header_timeout))
+    runtime.ticks.append(app[live.FEED].tick)
     try:
         yield server.sockets[0].getsockname()[1]
     finally:

@@ -7,7 +7,7 @@ payload.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum, auto
 from typing import Protocol, cast
 
@@ -37,6 +37,10 @@ class Sink(Protocol):
         in them. `last` comes once, with the body's end; a chunked body's terminator is never in `raw`."""
 
 
+# Takes what has come if it is one whole chunk; False where it has to go the long way, through `Sink.feed`.
+Straight = Callable[[bytes], bool]
+
+
 class State(Enum):
     IDLE = auto()
     HEAD = auto()
@@ -58,6 +62,8 @@ class Connection(asyncio.Protocol):
         self.head: asyncio.Future[Reply] | None = None
         self.done: asyncio.Future[None] | None = None
         self._sink: Sink | None = None
+        self._straight: Straight | None = None
+        self._through: Straight | None = None  # the same, while a chunk begins with what comes next
         self._buffer = b""
         self._method = "GET"
         self._got_bytes = False
@@ -75,6 +81,9 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.heard = True
+        through = self._through
+        if through is not None and through(data):
+            return
         if self.state is State.BODY:
             if self._sink is None:
                 self._hold(data)
@@ -130,6 +139,11 @@ class Connection(asyncio.Protocol):
         if self._lost and self.state is State.BODY:
             self.state = State.CLOSED
             self._cut(self._lost_by)
+
+    def go_straight(self, sink: Sink, straight: Straight | None) -> None:
+        """Whole chunks go to `straight` from now on; the sink asks for that while it is fed, or takes it back."""
+        if sink is self._sink:
+            self._straight, self._through = straight, None
 
     def pause(self) -> None:
         if not self.paused and self.transport is not None and not self.transport.is_closing():
@@ -217,6 +231,7 @@ class Connection(asyncio.Protocol):
             return
         if raw or last:
             self._sink.feed(raw, payload, last)
+        self._through = self._straight if self._straight is not None and self._chunked.between else None
         if last:
             self._keep_alive = self._keep_alive and not self._chunked.excess
             self._end()
@@ -224,6 +239,7 @@ class Connection(asyncio.Protocol):
     # --- ends
 
     def _end(self) -> None:
+        self._straight = self._through = None
         if self.state is State.BODY:
             self.state = State.IDLE
             self._pool.give_back(self, self._keep_alive and not self.paused)
@@ -240,7 +256,7 @@ class Connection(asyncio.Protocol):
             self._fail(BackendGone("llama-server closed the connection in the middle of its answer"))
 
     def _fail(self, error: CorralError) -> None:
-        self._sink = None
+        self._sink = self._straight = self._through = None
         for future in (self.head, self.done):
             if future is not None and not future.done():
                 future.set_exception(error)
@@ -286,6 +302,11 @@ class Reply:
         """Close the connection if the body has not ended; whoever relays it gets `error`."""
         if self._connection.done is self._done and (self._done.cancelled() or not self._done.done()):
             self._connection.abort(error)  # still this request's; a cancelled waiter cancels the future it waits for
+
+    def go_straight(self, sink: Sink, straight: Straight | None) -> None:
+        """See Connection.go_straight."""
+        if not self._done.done():
+            self._connection.go_straight(sink, straight)
 
     def pause(self) -> None:
         if not self._done.done():

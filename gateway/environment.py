@@ -93,6 +93,11 @@ def client_variables(dotenv: Path | None = Path(".env")) -> dict[str, str]:
     return {name: value for name, value in found.items() if value}
 
 
+def terminal_variables() -> dict[str, str]:
+    """What the user's terminal can, and may be shown."""
+    return {name: os.environ.get(name, "") for name in ("TERM", "NO_COLOR")}
+
+
 def on_runpod(environ: Mapping[str, str]) -> bool:
     return bool(environ.get("RUNPOD_POD_ID") or environ.get("RUNPOD_ENDPOINT_ID"))
 

@@ -96,15 +96,21 @@ def chunk_size(line: bytes) -> int:
 
 def whole_chunk(data: bytes) -> int:
     """Where the payload begins if `data` is exactly one chunk, as llama-server writes one for each token; else 0."""
-    begin = 4 if data[2:4] == b"\r\n" else data.find(b"\r\n", 1, 8) + 2
-    size = len(data) - begin - 2
-    if not (1 < begin and 0 < size and data.endswith(b"\r\n")):
-        return 0
-    line = _SIZE_LINES[size] if size < len(_SIZE_LINES) else b"%x\r\n" % size
-    return begin if data.startswith(line) else 0
+    total = len(data)
+    line = SIZE_LINES[total] if total < len(SIZE_LINES) else _size_line(total)
+    return len(line) if data.startswith(line) and data.endswith(b"\r\n") else 0
 
 
-_SIZE_LINES = [b"%x\r\n" % size for size in range(1024)]
+def _size_line(total: int) -> bytes:
+    """The size line of the only chunk that is so many bytes long in all; where there is none, one that is longer still."""
+    for digits in range(1, 16):
+        size = total - digits - 4
+        if size > 0 and len(b"%x" % size) == digits:
+            return b"%x\r\n" % size
+    return b"\n" * (total + 1)
+
+
+SIZE_LINES = [_size_line(total) for total in range(2048)]  # looked at with each token
 
 
 class ChunkReader:
@@ -120,6 +126,11 @@ class ChunkReader:
         self._left = 0  # bytes still to come of a large chunk
         self._line_end = 0  # and of the line end behind it
         self.excess = False  # something followed the body's end
+
+    @property
+    def between(self) -> bool:
+        """Whether a chunk begins with the next byte."""
+        return not (self._rest or self._left or self._line_end)
 
     def feed(self, data: bytes) -> tuple[bytes, bytes, bool]:
         """Returns the raw whole chunks without the terminator, their payload, and whether the body has ended.

@@ -67,6 +67,11 @@ class Counter(Collector):
             found = self._series[values] = Count()
         return found
 
+    @property
+    def series(self) -> Mapping[tuple[str, ...], Count]:
+        """By the labels' values."""
+        return self._series
+
     def inc(self, amount: float = 1) -> None:
         self.labels().inc(amount)
 
@@ -97,6 +102,15 @@ class Histogram(Collector):
             assert len(values) == len(self._labelnames)
             found = self._series[values] = Spread(self._bounds)
         return found
+
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        return self._bounds
+
+    @property
+    def series(self) -> Mapping[tuple[str, ...], Spread]:
+        """By the labels' values."""
+        return self._series
 
     def observe(self, amount: float) -> None:
         self.labels().observe(amount)
@@ -150,6 +164,7 @@ class Metrics:
         self.tasks = self._gauge("asyncio_tasks", "Tasks on the event loop")
         self.log_errors = self._gauge("log_write_errors", "Log entries that no file could take")
         self.records_dropped = self._gauge("records_dropped", "Rows of the audit that are lost")
+        self.records_skipped = self._counter("records_skipped", "Rejected requests without a key, too many to record")
         self.records_failing = self._gauge("records_failing", "1 while the disk refuses records")
         self.uptime = self._gauge("uptime_seconds", "Since the start of the gateway")
         self.uptime.set_function(lambda: time.monotonic() - self.started)

@@ -6,6 +6,7 @@ import contextlib
 import sqlite3
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,24 @@ def record(number: int = 0, **fields: Any) -> Record:
         "load_ms": 1.0,
         "ttft_ms": 12.5,
         "duration_ms": 103.0,
+        "model_ms": 100.0,
         "usage": Usage(12, 34, 5),
     }
     return Record(**about | fields)
+
+
+@dataclass(frozen=True)
+class Said:
+    """A prompt or an answer."""
+
+    words: str
+
+    @property
+    def size(self) -> int:
+        return len(self.words)
+
+    def text(self) -> str:
+        return self.words
 
 
 def books_at(path: Path, told: list[str | None] | None = None, *, instance: str = "pod", **how: Any) -> Books:

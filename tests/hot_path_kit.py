@@ -18,7 +18,7 @@ from gateway.app import listening
 from gateway.environment import load_settings
 from gateway.logs import logging_to
 from gateway.runtime import Runtime, open_runtime
-from tests.house import USER, free_port, soon
+from tests.house import ADMIN, USER, free_port, soon
 
 COUNTED = ("/gateway/", "/aiohttp/", "/multidict/", "/yarl/", "/prometheus_client/", "contextlib.py")
 EVENT = b'data: {"choices":[{"finish_reason":null,"index":0,"delta":{"content":" token"}}],"created":1,"model":"m"}\n\n'
@@ -93,7 +93,7 @@ async def house(folder: Path) -> AsyncIterator[tuple[Runtime, int]]:
     loop = asyncio.get_running_loop()
     upstream = await loop.create_server(Rote, "127.0.0.1", 0)
     keys = folder / "keys"
-    keys.write_text(f"user:{USER}\n")
+    keys.write_text(f"user:{USER}\nadmin:{ADMIN} scope=infer,admin\n")
     keys.chmod(0o600)
     environment = {
         "DATA_DIR": str(folder),

@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -169,6 +169,7 @@ def running_gateway(
     *,
     entrypoint: bool = False,
     ready: bool = True,
+    command: Sequence[str] = ("serve",),
     **more: str,
 ) -> Iterator[Gateway]:
     """A gateway with the variables given; keys ADMIN and USER unless AUTH_KEYS_FILE or API_KEY say otherwise.
@@ -200,9 +201,9 @@ def running_gateway(
     if "LLAMA_URL" not in variables:
         environment["LLAMA_SERVER_PATH"] = str(variables.get("LLAMA_SERVER_PATH") or llama_server())
     environment |= variables
-    command = [str(ROOT / "entrypoint.sh")] if entrypoint else [sys.executable, "-m", "gateway", "serve"]
+    argv = [str(ROOT / "entrypoint.sh")] if entrypoint else [sys.executable, "-m", "gateway", *command]
     with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=err)
+        process = subprocess.Popen(argv, cwd=folder, env=environment, stdout=out, stderr=err)
     gateway = Gateway(int(environment["PORT"]), process, folder, environment)
     try:
         if ready:

@@ -18,7 +18,7 @@ from gateway.stores import audit
 from gateway.stores.audit import COLUMNS, Detail
 from gateway.stores.books import Books
 from gateway.stores.records import Page, Wanted, listed
-from tests.books_kit import count, opened, record, rows
+from tests.books_kit import Said, count, opened, record, rows
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_a_request_as_it_is_written(path: Path) -> None:
 )
 def test_what_is_kept_of_prompts_and_answers(path: Path, content: Any, prompt: str, response: str) -> None:
     with opened(path, content=content) as books:
-        books.audit.add_request(record(1), Detail("miss", "a secret plan", "half a \ud800 pair"))
+        books.audit.add_request(record(1), Detail("miss", Said("a secret plan"), Said("half a \ud800 pair")))
         books.audit.add_request(record(2), Detail("hit"))
     assert rows(path, "SELECT cache, prompt, response FROM requests") == [
         ("miss", prompt, response),
@@ -105,9 +105,21 @@ def test_what_is_kept_of_prompts_and_answers(path: Path, content: Any, prompt: s
 
 
 def test_texts_are_cut(path: Path) -> None:
+    whole = "é" * (audit.MOST_TEXT // 2)
     with opened(path, content="full") as books:
-        books.audit.add_request(record(1), Detail(None, "x" * 100_000, None))
-    assert rows(path, "SELECT length(prompt) FROM requests") == [(audit.MOST_TEXT,)]
+        books.audit.add_request(record(1), Detail(None, Said(whole), Said(whole + "!")))
+    ((prompt, response),) = rows(path, "SELECT prompt, response FROM requests")
+    assert prompt == whole
+    assert response == f"{whole}… [cut: it has {audit.MOST_TEXT + 1} bytes]"
+
+
+def test_texts_are_kept_without_secrets(path: Path) -> None:
+    def mask(text: str) -> str:
+        return text.replace("sk-1", "***")
+
+    with opened(path, content="full", mask=mask) as books:
+        books.audit.add_request(record(1), Detail(None, Said("my key is sk-1"), Said("so it is sk-1")))
+    assert rows(path, "SELECT prompt, response FROM requests") == [("my key is ***", "so it is ***")]
 
 
 def test_where_too_many_texts_wait_they_go_before_the_rows_do(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,12 +127,12 @@ def test_where_too_many_texts_wait_they_go_before_the_rows_do(path: Path, monkey
     with opened(path, content="full") as books:
         books.database.close()  # nobody writes
         for number in range(30):
-            books.audit.add_request(record(number), Detail("miss", "x" * 100, None))
+            books.audit.add_request(record(number), Detail("miss", Said("x" * 100), None))
         assert (books.audit.trimmed, books.audit.waiting, books.dropped) == (20, 30, 0)
         texts = [row[-2] for row in books.audit.pending()[0].rows]
         assert [text is not None for text in texts] == [True] * 10 + [False] * 20
         books.audit.written()
-        books.audit.add_request(record(40), Detail(None, "x" * 900, None))
+        books.audit.add_request(record(40), Detail(None, Said("x" * 900), None))
         assert books.audit.trimmed == 20  # there is room again
 
 

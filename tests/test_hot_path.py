@@ -67,7 +67,7 @@ async def test_calls_per_token(tmp_path: Path) -> None:
         upstream.write(chunk(FINAL) + b"0\r\n\r\n")
         await one.until(b"data: [DONE]")
         one.transport.close()
-    assert found["splice.py:Splice.feed"] == REQUESTS, "one chunk each"
+    assert found["splice.py:Splice._through"] == REQUESTS, "one chunk each"
     assert found.total() / REQUESTS < CALLS_PER_TOKEN, found.most_common(40)
 
 

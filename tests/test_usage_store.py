@@ -16,7 +16,7 @@ from gateway.pipeline.usage import Usage as Spent
 from gateway.stores import usage
 from gateway.stores.books import Books
 from gateway.stores.dbrows import Bell
-from gateway.stores.usage import Budgets, Changed, Line, Tally, Usage, iso_day, model_seconds, used
+from gateway.stores.usage import Budgets, Changed, Line, Tally, Usage, iso_day, used
 from tests.books_kit import books_at, opened, record, rows
 
 DAY = 86_400.0
@@ -38,18 +38,6 @@ def test_days_are_those_of_utc(day: int, name: str) -> None:
     assert iso_day(day) == name
 
 
-@pytest.mark.parametrize(
-    ("fields", "seconds"),
-    [
-        ({"duration_ms": 103.0, "queue_ms": 2.0, "load_ms": 1.0, "ttft_ms": 12.5}, 0.1),
-        ({"duration_ms": 300_000.0, "queue_ms": 0.0, "load_ms": 0.0, "ttft_ms": None}, 0.0),  # waited in vain
-        ({"duration_ms": 5.0, "queue_ms": 6.0, "load_ms": 0.0, "ttft_ms": 1.0}, 0.0),
-    ],
-)
-def test_the_models_time_is_what_is_left_of_a_requests(fields: dict[str, Any], seconds: float) -> None:
-    assert model_seconds(record(**fields)) == pytest.approx(seconds)
-
-
 def test_by_day_key_and_model(path: Path) -> None:
     with opened(path) as books:
         books.record(record(ts=FRIDAY + 1))
@@ -57,7 +45,8 @@ def test_by_day_key_and_model(path: Path) -> None:
         books.record(record(ts=FRIDAY + DAY))
         books.record(record(ts=FRIDAY + 2, model="llama", usage=Spent(1, 2, 0)))
         books.record(record(ts=FRIDAY + 3, key_id="bob"))
-        books.record(record(ts=FRIDAY + 4, key_id="bob", status=429, ttft_ms=None, usage=NO_USAGE, model=""))
+        books.record(record(ts=FRIDAY + 4, key_id="bob", status=429, ttft_ms=None, model_ms=0.0, usage=NO_USAGE, model=""))
+        books.record(record(ts=FRIDAY + 5, key_id="", status=401, ttft_ms=None, usage=NO_USAGE, model=""))
         every = ask(books, None, "2024-10-01", "2024-10-31")
         assert [(line.date, line.key, line.model) for line in every] == [
             ("2024-10-04", "ada", "llama"),

@@ -7,50 +7,22 @@ that anyone must remember. Whose turn it is, `order` says; how long it will take
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
 
 from gateway.admission.forecast import Forecast
 from gateway.admission.order import LEVELS, Entry, Order
+from gateway.admission.share import gives_way
+from gateway.admission.ticket import ByteBudget, Ticket
 from gateway.errors import QueueFull, QueueTimeout, ShuttingDown
+
+__all__ = ["ByteBudget", "Place", "Queue", "Ticket"]
 
 # A forecast is within 30 % for most. Whoever's own time is so much shorter will not get a place in it.
 CLEARLY = 1.5
 FEW = 64  # while no more wait, each is given a forecast; of more, every ONE_OF_MANY-th, to see how good they are
 ONE_OF_MANY = 8
-
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """What the queue wants to know of a request. `deadline` is on the loop's clock, in seconds."""
-
-    key_id: str
-    places: int  # `n` answers need n slots
-    size: int  # bytes that are held while it waits
-    deadline: float
-    priority: str = "normal"  # high, normal, low
-    weight: float = 1.0  # of its key, above 0: one with 2.0 gets twice the share
-    cost: float = 1.0  # expected tokens: the prompt and the bound of each answer
-
-
-class ByteBudget:
-    """Bounds the bodies held by all requests that wait, at all models, and by those that are being read."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.held = 0
-
-    def hold(self, size: int) -> None:
-        """Raises QueueFull."""
-        if self.held + size > self.limit:
-            raise QueueFull(
-                f"requests hold {self.held} bytes already; MAX_QUEUED_BYTES allows {self.limit}", retry_after=5
-            )
-        self.held += size
-
-    def release(self, size: int) -> None:
-        self.held -= size
 
 
 class _Waiter(Entry):
@@ -136,7 +108,8 @@ class Queue:
         self.forecast = Forecast()
         self._budget = budget
         self._asked = 0
-        self._waiters: set[_Waiter] = set()  # those who have not been given a place yet
+        self._waiters: dict[_Waiter, None] = {}  # those who have not been given a place yet, the oldest first
+        self._held: Counter[str] = Counter()  # how many they are of each key
 
     @property
     def waiting(self) -> int:
@@ -163,8 +136,8 @@ class Queue:
     def close(self) -> None:
         """Drain: whoever waits is told so, and so is everyone who comes."""
         self.closed = True
-        waiters, self._waiters = self._waiters, set()
-        for waiter in waiters:
+        for waiter in tuple(self._waiters):
+            self._take_out(waiter)
             self.order.remove(waiter, 0.0)
             if not waiter.granted.done():
                 waiter.granted.set_exception(ShuttingDown("the service is shutting down", retry_after=5))
@@ -187,10 +160,13 @@ class Queue:
 
     async def wait(self, ticket: Ticket, loop: asyncio.AbstractEventLoop) -> Entry:
         """Waits for its places; `leave` gives them back."""
-        self._check_bounds(ticket)
+        victim = self._check_bounds(ticket)
         predicted = self._check_deadline(ticket, loop.time())
+        if victim is not None:
+            self._turn_away(victim, loop.time())
         waiter = _Waiter(ticket, loop.create_future())
-        self._waiters.add(waiter)
+        self._waiters[waiter] = None
+        self._held[waiter.key] += 1
         self.order.push(waiter, loop.time())
         self._budget.held += ticket.size
         try:
@@ -201,6 +177,9 @@ class Queue:
             if predicted is not None:
                 self.forecast.saw(waiter.level, predicted, loop.time() - waiter.arrived)
             return waiter
+        except QueueFull:
+            self._count_rejection("full")
+            raise
         except TimeoutError:
             self._abandon(waiter, loop.time())
             self._count_rejection("timeout")
@@ -232,16 +211,33 @@ class Queue:
         now = asyncio.get_running_loop().time()
         return self.forecast.wait(ahead, places, max(1, self.capacity), self.active, now)
 
-    def _check_bounds(self, ticket: Ticket) -> None:
+    def _check_bounds(self, ticket: Ticket) -> _Waiter | None:
+        """The one who has to go, if this one comes in. Raises QueueFull."""
+        victim: _Waiter | None = None
         if self.max_waiting and self.waiting >= self.max_waiting:
-            self._count_rejection("full")
-            raise QueueFull(f"{self.waiting} requests are waiting already", retry_after=self.retry_after())
+            newest_first = (waiter for waiter in reversed(self._waiters) if not waiter.granted.done())
+            victim = gives_way(newest_first, self._held, ticket.key_id, LEVELS[ticket.priority])
+            if victim is None:
+                self._count_rejection("full")
+                raise QueueFull(f"{self.waiting} requests are waiting already", retry_after=self.retry_after())
         if self._budget.held + ticket.size > self._budget.limit:
             self._count_rejection("bytes")
             raise QueueFull(
                 f"waiting requests hold {self._budget.held} bytes already; the bound is {self._budget.limit}",
                 retry_after=self.retry_after(),
             )
+        return victim
+
+    def _turn_away(self, waiter: _Waiter, now: float) -> None:
+        """It was let in while there was room, and others have a right to some now."""
+        self._take_out(waiter)
+        self.order.remove(waiter, now)
+        waiter.granted.set_exception(
+            QueueFull(
+                f"{self._held[waiter.key] + 1} requests of this key were waiting, more than its share",
+                retry_after=self.retry_after(),
+            )
+        )
 
     def _check_deadline(self, ticket: Ticket, now: float) -> float | None:
         """Whoever will clearly not get a place in time is told so now, not when its time is over.
@@ -267,10 +263,16 @@ class Queue:
         self.rejected_total += 1
         self.rejected(reason)
 
+    def _take_out(self, waiter: _Waiter) -> None:
+        del self._waiters[waiter]
+        self._held[waiter.key] -= 1
+        if not self._held[waiter.key]:
+            del self._held[waiter.key]
+
     def _abandon(self, waiter: _Waiter, now: float) -> None:
         """The one who waited is gone: its position, or the places that it was just being given, go to the next."""
         if waiter in self._waiters:
-            self._waiters.remove(waiter)
+            self._take_out(waiter)
             self.order.remove(waiter, now)
         elif not self._was_closed(waiter):
             self.active -= waiter.places
@@ -287,14 +289,14 @@ class Queue:
             waiter = self.order.peek(now)
             assert isinstance(waiter, _Waiter)
             if waiter.granted.done():  # cancelled, and about to leave
-                self._waiters.remove(waiter)
+                self._take_out(waiter)
                 self.order.remove(waiter, now)
                 continue
             places = min(waiter.places, self.capacity)
             if self.active + places > self.capacity:
                 return  # nobody overtakes one who needs many places
             self.order.pop(now)
-            self._waiters.remove(waiter)
+            self._take_out(waiter)
             waiter.places = places
             self.active += places
             waiter.granted.set_result(None)

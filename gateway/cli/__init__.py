@@ -16,6 +16,7 @@ _EPILOG = """\
 examples:
   corral serve                           serve what the environment names
   corral keys generate --name ada        make an API key
+  corral chat                            talk to a model of a running gateway
   corral models status --watch           see what the models of a running gateway do
   corral logs --since 1h --status 5xx    print the records of requests
   corral config check                    print every problem of the configuration
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    from gateway.cli import config, keys, keys_options, logs_options, models_options, serve
+    from gateway.cli import chat_options, config, keys, keys_options, logs_options, models_options, serve, worker
 
     parser: argparse.ArgumentParser = Parser(
         prog="corral",
@@ -80,7 +81,9 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_parser(commands)
     keys.add_parser(commands, _keys_file)
     models_options.add_parser(commands)
+    chat_options.add_parser(commands)
     logs_options.add_parser(commands)
+    worker.add_parser(commands)
     config.add_parser(commands)
     return parser
 

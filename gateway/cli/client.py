@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import re
 import socket
 import ssl
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -77,7 +77,26 @@ class Client:
 
     def events(self, path: str) -> Iterator[tuple[str, Any]]:
         """(name, data) of each event, until the stream ends. Raises Failed."""
-        with self._reply("GET", path, None, STREAM_SILENCE_SECONDS) as reply:
+        for name, data in self._stream("GET", path, None, STREAM_SILENCE_SECONDS):
+            yield name, self._parsed(path, 200, data)
+
+    def answer(self, path: str, body: Any, silence: float) -> Generator[Any, None, None]:
+        """The data of each event of an answer; leaving it early ends the answer at the gateway.
+
+        `silence` in seconds bounds each. Raises Failed, also where the answer breaks off.
+        """
+        with contextlib.closing(self._stream("POST", path, body, silence)) as events:
+            for _, data in events:
+                if data == b"[DONE]":
+                    return
+                event = self._parsed(path, 200, data)
+                if isinstance(event, dict) and "error" in event:
+                    self._refused(path, 200, data)
+                yield event
+        raise Unreachable(f"{self.url}: the answer broke off; see the gateway's log")
+
+    def _stream(self, method: str, path: str, body: Any, silence: float) -> Generator[tuple[str, bytes], None, None]:
+        with self._reply(method, path, body, silence) as reply:
             if reply.status != 200:
                 self._refused(path, reply.status, self._read(reply))
             with self._told(path):
@@ -90,7 +109,7 @@ class Client:
                     elif field == "data":
                         data += value
                     elif not field and not value and data:
-                        yield name, self._parsed(path, reply.status, data.encode())
+                        yield name, data.encode()
                         name, data = "message", ""
 
     def _json(
@@ -102,7 +121,7 @@ class Client:
                 self._refused(path, reply.status, content)
             return self._parsed(path, reply.status, content)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _reply(
         self, method: str, path: str, body: Any, timeout: float | None, headers: dict[str, str] | None = None
     ) -> Iterator[http.client.HTTPResponse]:
@@ -126,7 +145,7 @@ class Client:
         with self._told(""):
             return reply.read()
 
-    @contextmanager
+    @contextlib.contextmanager
     def _told(self, path: str) -> Iterator[None]:
         """The sockets' errors, as Failed."""
         try:

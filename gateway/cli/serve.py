@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import importlib
 import logging
 import resource
 import signal
 import sys
+from collections.abc import AsyncIterator, Callable, Coroutine
 
 import uvloop
 
@@ -35,6 +37,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run() -> int:
+    return run_house(_serve)
+
+
+def run_house(live: Callable[[Settings, LogWriter], Coroutine[object, object, int | None]]) -> int:
+    """Settings, logs and a loop for `live`; its exit code. What is wrong with the configuration is told on stderr."""
     try:
         settings = load_configuration()
     except ConfigError as error:
@@ -52,10 +59,9 @@ def run() -> int:
             log.warning("%s", warning)
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(_serve(settings, writer))
+                return runner.run(live(settings, writer)) or 0
         except ConfigError as error:
             return _refuse(error)
-    return 0
 
 
 def allow_many_connections() -> None:
@@ -67,12 +73,12 @@ def allow_many_connections() -> None:
 
 async def _serve(settings: Settings, writer: LogWriter) -> None:
     stop, hurry = asyncio.Event(), asyncio.Event()
-    _on_signals(stop, hurry)
+    on_signals(stop, hurry)
     async with open_runtime(settings, writer, load_configuration) as runtime:
         from gateway.app import listening  # while llama-server loads: importing aiohttp takes longer than all before
 
-        async with listening(runtime):
-            _reload_on_sighup(runtime)
+        async with listening(runtime), _jobs_of_nats(runtime):
+            reload_on_sighup(runtime)
             _announce_when_ready(runtime)
             runtime.accept()
             await stop.wait()
@@ -81,7 +87,18 @@ async def _serve(settings: Settings, writer: LogWriter) -> None:
             runtime.manager.kill()
 
 
-def _on_signals(stop: asyncio.Event, hurry: asyncio.Event) -> None:
+@contextlib.asynccontextmanager
+async def _jobs_of_nats(runtime: Runtime) -> AsyncIterator[None]:
+    """Where NATS_URL is set; what it needs is imported in a thread, so that HTTP does not wait for it."""
+    if runtime.settings.nats_url is None:
+        yield
+        return
+    nats = await asyncio.to_thread(importlib.import_module, "gateway.workers.nats")
+    async with nats.taking_jobs(runtime):
+        yield
+
+
+def on_signals(stop: asyncio.Event, hurry: asyncio.Event) -> None:
     """The first SIGTERM or SIGINT drains, a second one ends it at once."""
 
     def received() -> None:
@@ -93,7 +110,7 @@ def _on_signals(stop: asyncio.Event, hurry: asyncio.Event) -> None:
         asyncio.get_running_loop().add_signal_handler(number, received)
 
 
-def _reload_on_sighup(runtime: Runtime) -> None:
+def reload_on_sighup(runtime: Runtime) -> None:
     running: set[asyncio.Task[object]] = set()
 
     def reload() -> None:

@@ -30,7 +30,10 @@ from gateway.http.context import (
     response_head,
     template,
 )
+from gateway.http.dialects import splice_for
 from gateway.http.protocol import CLOSED, KEPT, ClientConnection
+from gateway.http.wishes import log_as_asked
+from gateway.pipeline.cachekey import wish_of
 from gateway.pipeline.call import Call, read_fields
 from gateway.pipeline.dialects import Dialect
 from gateway.pipeline.routes import ROUTES, max_wait, priority
@@ -60,14 +63,7 @@ async def infer(request: web.Request) -> web.StreamResponse:
         about = [("openai-processing-ms", str(took))] + ([] if keep_alive else [("Connection", "close")])
         return response_head(status, headers + common_headers(request) + call.headers_out + about)
 
-    splice = Splice(
-        transport,
-        head,
-        call.route.dialect,
-        runtime.accounts.meter(),
-        stream=call.stream,
-        chunked=request.version >= HttpVersion11,
-    )
+    splice = splice_for(request, call, transport, head, runtime.accounts.meter())
     connection.splice = splice
     if connection.writing_paused:  # it pipelines, and has not read the last answer yet
         splice.pause_writing()
@@ -127,12 +123,16 @@ def make_call(request: web.Request, body: bytes) -> Call:
         fields={},
         size=len(body),
     )
+    if "admin" in call.key.scopes:
+        log_as_asked(request, call)
     if route.dialect is Dialect.TRANSCRIPTIONS:
         call.raw, call.content_type = body, form_type(request)
         return call
     if "Content-Type" in request.headers and not _is_json(request.content_type):
         raise UnsupportedMediaType(f"Content-Type is {request.content_type}: send application/json")
     read_fields(call, body)
+    if "Cache-Control" in request.headers:
+        call.cache = wish_of(request.headers["Cache-Control"])
     if "X-Request-Priority" in request.headers:
         call.priority = priority(request.headers["X-Request-Priority"])
     if "X-Request-Timeout" in request.headers:

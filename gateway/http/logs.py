@@ -17,7 +17,7 @@ from gateway.stores.records import MOST_LISTED, Wanted
 DEFAULT_LIMIT = 100
 _AGO = re.compile(r"(\d{1,9})([smhdw])", re.ASCII)
 _LOST_PLUS = re.compile(r"(:\d\d(?:\.\d+)?) (\d\d:?\d\d)$")  # of a zone; in a query a + is a space
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _STATUS = re.compile(r"[1-5](\d\d|xx)")
 _PARAMETERS = ("limit", "since", "key", "model", "status", "before", "after")
 
@@ -52,18 +52,18 @@ def wanted(query: Mapping[str, str], now: float) -> Wanted:
     )
 
 
-def moment(text: str, now: float) -> float:
+def moment(text: str, now: float, name: str = "since") -> float:
     """Unix seconds of `1h`, `30m` (ago), of an ISO time (naive: UTC) or of unix seconds. Raises BadRequest."""
     ago = _AGO.fullmatch(text)
     if ago:
-        return now - int(ago[1]) * _UNITS[ago[2]]
+        return now - int(ago[1]) * UNITS[ago[2]]
     try:
         if re.fullmatch(r"\d{9,11}(\.\d+)?", text, re.ASCII):
             return float(text)
         at = datetime.fromisoformat(_LOST_PLUS.sub(r"\1+\2", text))
         return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError):
-        raise BadRequest(f"since is {text[:40]!r}: must be such as 1h, 30m or an ISO time", param="since") from None
+        raise BadRequest(f"{name} is {text[:40]!r}: must be such as 1h, 30m or an ISO time", param=name) from None
 
 
 def _number(query: Mapping[str, str], name: str, low: int, high: int) -> int | None:

@@ -22,7 +22,7 @@ from gateway.stores.keys import presented
 
 _LOADING = (ModelState.DOWNLOADING, ModelState.STARTING, ModelState.LOADING)
 _BROKEN = (ModelState.FAILED, ModelState.CRASHED)
-_ENDING = (ServiceState.DRAINING, ServiceState.STOPPED)
+ENDING = (ServiceState.DRAINING, ServiceState.STOPPED)
 
 
 async def instances(request: web.Request) -> web.Response:
@@ -46,6 +46,7 @@ async def instances(request: web.Request) -> web.Response:
         "loads_total": runtime.manager.loads_total,
         "warmups_in_progress": sum(status.state in _LOADING for status in shown.values()),
         "draining_count": sum(status.state is ModelState.STOPPING for status in shown.values()),
+        "key": {"id": request[KEY].id, "scopes": sorted(request[KEY].scopes), "expires_unix": request[KEY].expires},
     }
     return web.json_response(body)
 
@@ -163,7 +164,7 @@ async def stream(request: web.Request) -> web.StreamResponse:
         shown: frozenset[str] | None = None
         said, names = board.status, set[str | None]((None,))
         while (key := current_key(request)) is not None:
-            ending = board.status in _ENDING  # looked at before it is told, or what comes meanwhile would get lost
+            ending = board.status in ENDING  # looked at before it is told, or what comes meanwhile would get lost
             models = {name: status for name, status in board.models.items() if key.may_use(name)}
             if shown != models.keys():
                 news = sse.event("full_status", full_status(board, models))
@@ -193,14 +194,14 @@ def updates(names: set[str | None], models: Mapping[str, ModelStatus], server: M
     return b"".join(events)
 
 
-def current_key(request: web.Request) -> Key | None:
+def current_key(request: web.Request, scope: str = "infer") -> Key | None:
     """The key of a request that lasts: None if it has been taken back, has expired or may no longer look."""
     runtime = request.app[RUNTIME]
     if not runtime.settings.auth_enabled:
         return request[KEY]
     secret = presented(request.headers.get("Authorization"), request.headers.get("x-api-key"))
     key = runtime.keys.lookup(secret) if secret else None
-    return key if key is not None and key.has("infer") else None
+    return key if key is not None and key.has(scope) else None
 
 
 def full_status(board: Board, models: Mapping[str, ModelStatus]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from gateway.events import Events
 from gateway.models.command import Launch
 from gateway.models.download import DownloadError
 from gateway.models.ends import Ending, Means
+from gateway.models.fingerprint import Stamp, as_it_lies, fingerprint
 from gateway.models.owner import GONE
 from gateway.models.plan import Planned, Sizes
 from gateway.models.policy import idle_seconds_left
@@ -31,6 +32,7 @@ class Living(Ending):
     def __init__(self, spec: ModelSpec, board: Board, events: Events, means: Means) -> None:
         super().__init__(spec, board, events, means)
         self._run: Run | None = None
+        self._file: Path | None = None  # where it lies, once that is known
         self._glanced: str | None = None  # the kind of start that llama-server was last asked about
         self._off = asyncio.Event()
         self._off.set()
@@ -87,6 +89,7 @@ class Living(Ending):
             self._set(ModelState.DOWNLOADING, load_progress=0.0)
             models_dir = means.settings.models_dir
             path = await self._unless_going(fetch(self.spec, models_dir, means.hub_caches, self._tell_progress))
+        self._file = path
         port = means.ports.take()
         try:
             planned = await self._plan(path, port)
@@ -106,6 +109,7 @@ class Living(Ending):
         means = self._means
         self._events.emit("model.loading", f"{self.id}: {_about(planned.launch)}", model=self.id)
         means.keep_secret(planned.launch.api_key)
+        lies_as = await asyncio.to_thread(self.lies_as)
         run = self._run = await Run.start(planned, means.output, means.connect)
         watch = asyncio.create_task(run.kill_when_wedged(lambda: self.serving, self._wedged), name=f"watch {self.id}")
         try:
@@ -113,6 +117,8 @@ class Living(Ending):
             if reason := await run.until_ready(self._tell_progress, lambda: self._going is None):
                 return False, reason
             self.slots, self.ctx = planned.launch.parallel or None, planned.ctx
+            # a file that was replaced during the load: nobody knows which of the two it is
+            self.started_as = lies_as if await asyncio.to_thread(self.lies_as) == lies_as else None
             await self._ready(run.backend)
             await self._loaded(run)
             if reason := await self._until_over(run):
@@ -140,6 +146,10 @@ class Living(Ending):
             else:
                 await run.until_woken(self._wake, left or timeout or None)
         return None
+
+    def lies_as(self, stamp: Stamp = as_it_lies) -> str | None:
+        file, planner = self.spec.path or self._file, self._means.planner
+        return fingerprint(self.spec, file, planner.binary, planner.settings, stamp) if file is not None else None
 
     async def _plan(self, path: Path, port: int) -> Planned:
         means = self._means

@@ -12,6 +12,7 @@ from typing import Any
 from gateway.backend import Backend
 from gateway.errors import BadRequest, CorralError, ModelFailed, ModelLoading, ShuttingDown
 from gateway.events import Events
+from gateway.models.fingerprint import Stamp, as_it_lies
 from gateway.models.registry import ModelSpec
 from gateway.state import Board, ModelState
 
@@ -80,6 +81,7 @@ class Owner(ABC):
         self.serving = 0  # the leases that have got the server of this generation
         self.slots: int | None = None
         self.ctx: int | None = None  # of one request, tokens, as the server itself reports it
+        self.started_as: str | None = None  # what its server was started from, as `lies_as` told it then
         self.last_used = time.monotonic()
         self.kept = False  # loaded without being asked for, and again after a crash
         self._board, self._events = board, events
@@ -135,6 +137,13 @@ class Owner(ABC):
         if not self._wanted:
             self._wanted = True
             self._wake.set()
+
+    @abstractmethod
+    def lies_as(self, stamp: Stamp = as_it_lies) -> str | None:
+        """What a server that is started now would be started from; None where that cannot be told. Blocking.
+
+        An answer of a server whose `started_as` is another one is not this model's as it is now.
+        """
 
     def load(self) -> None:
         """Ask for the model to be loaded although no request waits for it; returns at once."""

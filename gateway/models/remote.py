@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Callable
 
 from gateway.backend import Backend
 from gateway.errors import CorralError
 from gateway.events import Events
+from gateway.models.fingerprint import Stamp, as_it_lies
 from gateway.models.owner import Owner
 from gateway.models.registry import ModelSpec
 from gateway.state import Board, ModelState
@@ -23,6 +25,7 @@ class RemoteOwner(Owner):
         super().__init__(spec, board, events)
         assert spec.url is not None
         self._server = connect(spec)
+        self._met = secrets.token_hex(8)
         self._shown = spec.url.partition("://")[0] + "://" + spec.url.partition("://")[2].rpartition("@")[2]
 
     @property
@@ -40,6 +43,12 @@ class RemoteOwner(Owner):
         if self.state is ModelState.FAILED:
             self._set(ModelState.LOADING, error_message=None)
         self._wake.set()  # to look at once
+
+    def lies_as(self, stamp: Stamp = as_it_lies) -> str | None:
+        """Nobody tells us when a foreign server is given another model: it counts as another one each time that it
+        comes back, and to each gateway that asks it."""
+        self.started_as = f"{self._shown} {self._met} {self.generation}" if self.backend is not None else None
+        return self.started_as
 
     def _unused(self) -> None:
         return

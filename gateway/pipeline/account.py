@@ -12,59 +12,102 @@ from gateway.errors import CorralError, TooManyRequests
 from gateway.metrics import Metrics
 from gateway.pipeline.call import Call
 from gateway.pipeline.dialects import Dialect
+from gateway.pipeline.loglines import FullLine, Line, log, wishes
+from gateway.pipeline.transcript import Transcript, detail_of
 from gateway.pipeline.usage import NO_USAGE, Usage, usage_of_body, usage_of_stream
-
-log = logging.getLogger("corral.requests")
+from gateway.stores.audit import Detail
 
 HEAD_BYTES, TAIL_BYTES = 4096, 8192
-MOST_HELD = TAIL_BYTES + HEAD_BYTES
+MOST_CHUNKS = 32  # that a meter has not looked at
 CLIENT_LEFT = 499  # nginx's code; in records and metrics only
+# Rejected requests without a key that are written down: a flood of them must not fill the disk. 2 a second are 50 MB
+# a day.
+STRANGERS_AT_ONCE, STRANGERS_PER_SECOND = 600, 2.0
 
 
 class Meter:
-    """Sees an answer's payload go by and keeps its head, its tail and its counts. Costs about 0.5 µs a token."""
+    """Sees an answer's payload go by and keeps its head, its tail and its counts."""
 
-    __slots__ = ("_clock", "_held", "_last", "bytes", "first_at", "frames", "head")
+    __slots__ = ("_bytes", "_clock", "_frames", "_last", "chunks", "first_at", "head")
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self.bytes = self.frames = self._held = 0
+        self._bytes = self._frames = 0
         self.head = b""
-        self._last: list[bytes] = []  # pieces, the tail at least; they are put together only when there are many
+        self._last = b""
+        self.chunks: list[bytes] = []  # whole ones with their framing, which nobody has looked at yet
         self.first_at: float | None = None
 
     def see(self, payload: bytes) -> None:
-        size = len(payload)
-        if self.bytes < HEAD_BYTES:
-            if self.first_at is None:
-                self.first_at = self._clock()
-            self.head += payload[: HEAD_BYTES - self.bytes]
-        self.bytes += size
-        self.frames += payload.count(b"data:")
-        self._last.append(payload)
-        self._held += size
-        if self._held > MOST_HELD:
-            self._last = [self.tail]
-            self._held = TAIL_BYTES
+        if self.first_at is None:
+            self.first_at = self._clock()
+        if self.chunks:
+            self.look()
+        self._count(payload)
+
+    def look(self) -> None:
+        """At the chunks that have gone by since; to be called when there are MOST_CHUNKS of them."""
+        chunks, self.chunks = self.chunks, []
+        self._count(b"".join([chunk[chunk.index(b"\n") + 1 : -2] for chunk in chunks]))
+
+    def _count(self, payload: bytes) -> None:
+        if self._bytes < HEAD_BYTES:
+            self.head += payload[: HEAD_BYTES - self._bytes]
+        self._bytes += len(payload)
+        self._frames += payload.count(b"data:")
+        self._last = (self._last + payload)[-TAIL_BYTES:]
+
+    @property
+    def size(self) -> int:
+        """Bytes of payload, so far."""
+        if self.chunks:
+            self.look()
+        return self._bytes
+
+    @property
+    def frames(self) -> int:
+        """Of events, so far."""
+        if self.chunks:
+            self.look()
+        return self._frames
 
     @property
     def tail(self) -> bytes:
         """The last TAIL_BYTES that went by, or all of it."""
-        if len(self._last) > 1:
-            self._last = [b"".join(self._last)]
-        return self._last[0][-TAIL_BYTES:] if self._last else b""
+        if self.chunks:
+            self.look()
+        return self._last
 
     def usage(self, dialect: Dialect, streamed: bool) -> Usage:
         if streamed:
             return usage_of_stream(dialect, self.head, self.tail, self.frames)
-        if self.bytes <= TAIL_BYTES:
+        if self.size <= TAIL_BYTES:
             return usage_of_body(dialect, self.tail)
         return usage_of_body(dialect, self.head, self.tail)
 
 
+class KeepingMeter(Meter):
+    """Keeps the text too: where AUDIT_CONTENT is on."""
+
+    __slots__ = ("transcript",)
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        super().__init__(clock)
+        self.transcript: Transcript | None = None
+
+    def see(self, payload: bytes) -> None:
+        super().see(payload)
+        if self.transcript is not None:
+            self.transcript.see(payload)
+
+
 @dataclass(slots=True)
 class Record:
-    """One line of the books. Times are milliseconds; `ts` is unix seconds."""
+    """One line of the books. Times are milliseconds; `ts` is unix seconds.
+
+    `model_ms` is how long llama-server had it. `asked_at` and `placed_at` are on the loop's clock: since when it waited
+    for a place, and since when it had one.
+    """
 
     ts: float
     request_id: str
@@ -82,27 +125,33 @@ class Record:
     ttft_ms: float | None = None
     duration_ms: float = 0.0
     usage: Usage = NO_USAGE
+    model_ms: float = 0.0
+    cache: str | None = None  # how the response cache answered: hit, miss, semantic
+    asked_at: float | None = None
+    placed_at: float | None = None
+    served: bool = False  # llama-server had it, if only for a part
+    number: int = 0  # of those since the start
 
 
-_LINE = logging.LogRecord(log.name, logging.INFO, __file__, 0, "", (), None, "close").__dict__
+class Trickle:
+    """Lets `burst` pass at once, and so many a second. Times are on one clock, in seconds."""
+
+    def __init__(self, burst: int, per_second: float) -> None:
+        self._burst, self._per_second = burst, per_second
+        self._left, self._at = float(burst), 0.0
+
+    def admitted(self, now: float) -> bool:
+        if now > self._at:
+            self._left = min(self._burst, self._left + (now - self._at) * self._per_second)
+            self._at = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
 
 
-class Line(logging.LogRecord):
-    """A record's line in the log, put into words by the thread that writes it; a usual one costs ten times as much."""
-
-    def __init__(self, record: Record, now: float) -> None:
-        self.__dict__.update(_LINE)
-        self.record = record
-        self.created = now
-        self.request_id, self.key_id, self.model = record.request_id, record.key_id, record.model
-
-    def getMessage(self) -> str:
-        record = self.record
-        error = f", {record.error}" if record.error else ""
-        return (
-            f"{record.method} {record.route} {record.status} {record.duration_ms:.1f} ms, queue {record.queue_ms:.1f}, "
-            f"tokens {record.usage.prompt}+{record.usage.completion}{error}"
-        )
+Listener = Callable[["Record"], None]
+DetailListener = Callable[["Record", Detail], None]
 
 
 class Accounts:
@@ -113,28 +162,36 @@ class Accounts:
         self.clock = clock
         self._series: dict[tuple[str, str, int, str, str], _Series] = {}
         self.active = 0
-        self._listeners: list[Callable[[Record], None]] = []
+        self.strangers = Trickle(STRANGERS_AT_ONCE, STRANGERS_PER_SECOND)
+        self._listeners: list[tuple[Listener, DetailListener | None]] = []
+        self.keep_texts = False  # AUDIT_CONTENT is not off; to be set before the first request
+        self.keep_prompts_in_logs = False  # it is full
+        self.running: dict[int, tuple[Record, Meter | None]] = {}  # by the record's number
+        self._opened = 0
         self.idle = asyncio.Event()  # set while nothing runs
         self.idle.set()
         metrics.active.set_function(lambda: self.active)
 
-    def listen(self, callback: Callable[[Record], None]) -> None:
-        """It is called with each record that is closed, on the hot path."""
-        self._listeners.append(callback)
+    def listen(self, callback: Listener, with_detail: DetailListener | None = None) -> None:
+        """It is called with each record that is closed, on the hot path; `with_detail` instead, where there is some."""
+        self._listeners.append((callback, with_detail))
 
     def refused(self, record: Record) -> None:
         """A request that did not come to the spine; it is counted elsewhere."""
-        for listener in self._listeners:
+        for listener, _ in self._listeners:
             listener(record)
 
     def meter(self) -> Meter:
-        return Meter(self.clock)
+        return KeepingMeter(self.clock) if self.keep_texts else Meter(self.clock)
 
-    def open(self, call: Call) -> Record:
+    def open(self, call: Call, meter: Meter | None = None) -> Record:
+        """`meter` is the one that will see its answer."""
         self.active += 1
         if self.active == 1:
             self.idle.clear()
-        return Record(
+        if self.keep_texts and isinstance(meter, KeepingMeter):
+            meter.transcript = Transcript(call.route.dialect, call.fields)
+        record = Record(
             ts=time.time(),
             request_id=call.request_id,
             trace_id=call.traceparent[3:35],
@@ -144,14 +201,21 @@ class Accounts:
             transport=call.transport,
             stream=call.stream,
         )
+        self._opened += 1
+        record.number = self._opened
+        self.running[record.number] = (record, meter)
+        return record
 
     def placed(self, record: Record, waited: float) -> None:
         """It has its place, after so many seconds in the queue."""
         record.queue_ms = waited * 1000
+        if record.asked_at is not None:
+            record.placed_at = record.asked_at + waited
         self._metrics.queue_wait.labels(record.model).observe(waited)
 
     def measure(self, record: Record, call: Call, meter: Meter, streamed: bool) -> None:
-        """Its tokens, from as much of its answer as has come."""
+        """Its tokens, from as much of its answer as has come; its turn at llama-server is over."""
+        record.served = True
         if meter.first_at is not None:
             record.usage = meter.usage(call.route.dialect, streamed)
 
@@ -164,10 +228,41 @@ class Accounts:
         record.duration_ms = (now - call.received_at) * 1000
         if meter.first_at is not None:
             record.ttft_ms = (meter.first_at - call.received_at) * 1000
+        del self.running[record.number]
+        if record.placed_at is not None:
+            at_model = (now - record.placed_at) * 1000
+            if record.served:
+                record.model_ms = at_model - record.load_ms
+            else:
+                record.load_ms = at_model  # it waited in vain for the model
+        elif record.asked_at is not None:
+            record.queue_ms = (now - record.asked_at) * 1000  # for a place
         self._count(record, call, meter, now, streamed)
-        for listener in self._listeners:
-            listener(record)
-        if log.isEnabledFor(logging.INFO):
+        if self.keep_texts or record.cache is not None:
+            self._tell_detail(record, meter)
+        else:
+            for listener, _ in self._listeners:
+                listener(record)
+        if call.log is not None or call.log_infer:
+            self._log_as_asked(record, call)
+        elif log.isEnabledFor(logging.INFO):
+            log.callHandlers(Line(record, time.time()))
+
+    def _tell_detail(self, record: Record, meter: Meter) -> None:
+        transcript = meter.transcript if isinstance(meter, KeepingMeter) else None
+        detail = detail_of(record.cache, transcript)
+        for listener, with_detail in self._listeners:
+            if with_detail is None:
+                listener(record)
+            else:
+                with_detail(record, detail)
+
+    def _log_as_asked(self, record: Record, call: Call) -> None:
+        """The request itself says how much is logged about it."""
+        line, full = wishes(call.log, call.log_infer, record.status >= 400)
+        if full:
+            log.callHandlers(FullLine(record, time.time(), call.fields, with_prompt=self.keep_prompts_in_logs))
+        elif line:
             log.callHandlers(Line(record, time.time()))
 
     def _count(self, record: Record, call: Call, meter: Meter, now: float, streamed: bool) -> None:
@@ -183,7 +278,7 @@ class Accounts:
             metrics.rate_limited.labels(record.error).inc()
         if meter.first_at is None:
             return
-        series.bytes_sent.value += meter.bytes
+        series.bytes_sent.value += meter.size
         if streamed and call.route.dialect.generates:
             metrics.first_token.labels(model).observe(meter.first_at - call.received_at)
             if usage.completion > 1:

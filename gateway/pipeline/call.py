@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from gateway.errors import BadRequest, InvalidJSON
 from gateway.pipeline.dialects import Dialect
 from gateway.stores.keyfile import Key
+
+if TYPE_CHECKING:
+    from gateway.pipeline.cachekey import Wish
 
 Fields = dict[str, msgspec.Raw]
 T = TypeVar("T")
@@ -56,6 +59,9 @@ class Call:
     transport: str = "http"
     raw: bytes | None = None  # a body that is not JSON (audio), forwarded as it is
     content_type: str = "application/json"
+    log: str | None = None  # off, error, info, debug: how much is logged about it, where its client says so
+    log_infer: bool = False
+    cache: Wish | None = None  # what its client says about caching, if it does
     reached: bool = False  # llama-server has answered it, if only with a refusal
     headers_out: list[tuple[str, str]] = field(default_factory=list)  # what the spine tells the client in headers
 

@@ -12,10 +12,11 @@ USUAL_ANSWER_TOKENS = 1024  # of one that names no bound; it may take the whole 
 _LEVELS = ("high", "normal", "low")
 
 
-def expected_tokens(call: Call, fields: Fields, settings: Settings, ctx: int) -> int:
-    """Prompt and answers, before anything has read the prompt; `ctx` is the model's context of one request."""
+def expected_tokens(call: Call, fields: Fields, settings: Settings, ctx: int, counted: int | None = None) -> int:
+    """Prompt and answers; `ctx` is the model's context of one request, `counted` the prompt where it was tokenized."""
     context = ctx or settings.ctx
-    prompt = min(call.size // BYTES_PER_TOKEN, context) if context else call.size // BYTES_PER_TOKEN
+    prompt = call.size // BYTES_PER_TOKEN if counted is None else counted
+    prompt = min(prompt, context) if context else prompt
     if not call.route.dialect.generates:
         return prompt
     asked = asked_bound(fields, call.route.dialect)

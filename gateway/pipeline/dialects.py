@@ -90,8 +90,7 @@ class Dialect(enum.Enum):
         """The event that tells a client of this dialect about an error; `error_body` is CorralError.body()."""
         error = error_body["error"]
         if self is Dialect.MESSAGES:
-            kind = "api_error" if error["type"] == "server_error" else error["type"]
-            shown: dict[str, Any] = {"type": "error", "error": {"type": kind, "message": error["message"]}}
+            shown: dict[str, Any] = {"type": "error", "error": anthropic_error(error)}
             return b"event: error\ndata: " + msgspec.json.encode(shown) + b"\n\n"
         if self is Dialect.RESPONSES:
             shown = {
@@ -103,6 +102,30 @@ class Dialect(enum.Enum):
             }
             return b"event: error\ndata: " + msgspec.json.encode(shown) + b"\n\n"
         return b"data: " + msgspec.json.encode({"error": error}) + b"\n\n"
+
+
+_ANTHROPIC_TYPES = {
+    "not_found": "not_found_error",
+    "model_not_found": "not_found_error",
+    "grammar_not_found": "not_found_error",
+    "payload_too_large": "request_too_large",
+    "insufficient_quota": "rate_limit_error",
+    "backend_timeout": "timeout_error",
+    "queue_full": "overloaded_error",
+    "queue_timeout": "overloaded_error",
+    "model_loading": "overloaded_error",
+    "insufficient_memory": "overloaded_error",
+    "shutting_down": "overloaded_error",
+}
+_SHARED_TYPES = frozenset({"invalid_request_error", "authentication_error", "permission_error", "rate_limit_error"})
+
+
+def anthropic_error(error: Mapping[str, Any]) -> dict[str, Any]:
+    """The inner error object of `/v1/messages`; `error` is that of CorralError.body()."""
+    kind = _ANTHROPIC_TYPES.get(error["code"])
+    if kind is None:
+        kind = error["type"] if error["type"] in _SHARED_TYPES else "api_error"
+    return {"type": kind, "message": error["message"]}
 
 
 _RESPONSE_ENDS = (b"event: response.completed\n", b"event: response.incomplete\n", b"event: response.failed\n")

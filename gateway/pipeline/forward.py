@@ -20,8 +20,10 @@ from gateway.models.registry import ModelSpec
 from gateway.pipeline.account import CLIENT_LEFT, Accounts, Record, note_failure
 from gateway.pipeline.call import Call, Fields, decoded, fill_in
 from gateway.pipeline.claims import claim_of, expected_tokens, priority_of
+from gateway.pipeline.counting import COUNTED_BYTES, count_prompt
 from gateway.pipeline.dialects import Dialect
 from gateway.pipeline.fetch import MediaFetcher
+from gateway.pipeline.grammars import GrammarTexts, NoGrammars
 from gateway.pipeline.media import Media, find_media
 from gateway.pipeline.progress import PROGRESS_FIELD, TELL_PROGRESS, ask_progress
 from gateway.pipeline.quarantine import Quarantine, guilty
@@ -34,6 +36,7 @@ from gateway.settings import Settings
 from gateway.stores.keyfile import Key
 
 if TYPE_CHECKING:
+    from gateway.pipeline.cached import ResponseCache
     from gateway.stores.redis_limits import SharedLimits
 
 LONG_ANSWER_TOKENS = 32
@@ -60,7 +63,9 @@ class Spine:
         self._accounts = accounts
         self._quarantine = Quarantine(accounts.clock)
         self._fetcher = MediaFetcher()
+        self.cache: ResponseCache | None = None
         self.turns = Turns()
+        self.grammars: GrammarTexts = NoGrammars()  # what requests may name
         self._running: set[asyncio.Task[object]] = set()
 
     async def forward(self, call: Call, answer: Answer) -> Record:
@@ -68,7 +73,8 @@ class Spine:
 
         1. Resolve the model.
         2. Authorise: may this key use it?
-        3. Shield: refuse or remove what can hurt llama-server.
+        3. Shield: refuse or remove what can hurt llama-server. Then, where there is a response cache, look there:
+           what it holds counts as a request on the limits, and goes no further.
         4. Reserve on the limits.
         5. Take a place in the model's queue.
         6. Lease the model, loading it if need be.
@@ -81,7 +87,7 @@ class Spine:
         task = asyncio.current_task()
         assert task is not None
         self._running.add(task)
-        record = self._accounts.open(call)
+        record = self._accounts.open(call, answer.meter)
         streamed = call.stream
         try:
             spec = self._manager.registry.resolve(call.model)  # 1
@@ -91,12 +97,17 @@ class Spine:
                 fill_in(call, spec.defaults)
             if call.size > LARGE_BYTES:
                 await self.turns.take()
-            fields = shielded(call)  # 3
+            fields = shielded(call, self.grammars)  # 3
             if call.size > LARGE_BYTES:
                 await self.turns.take()
             media = find_media(fields, call.route.dialect, allow_remote=self._settings.allow_remote_media)
-            tokens = expected_tokens(call, fields, self._settings, ctx)
+            owner, long = self._manager.owners[spec.id], call.size > COUNTED_BYTES
+            counted = await count_prompt(call, fields, owner, self._settings) if long else None
+            tokens = expected_tokens(call, fields, self._settings, ctx, counted)
+            seat = None if self.cache is None else await self.cache.seat(call, media, spec)
             claim, shared = claim_of(call, self._settings, tokens), self._shared
+            if seat is not None:
+                claim = seat.claim(claim)
             reservation = self._limits.reserve(claim) if shared is None else await shared.reserve(claim)  # 4
             call.headers_out.extend(reservation.headers())
             try:
@@ -104,7 +115,12 @@ class Spine:
                     fields = await self._with_media(call, media)
                 else:
                     fields = media.fields
-                streamed = await self._admitted(call, fields, spec, answer, record, tokens)
+                if seat is None:
+                    streamed = await self._admitted(call, fields, spec, answer, record, tokens)
+                else:
+                    streamed = await seat.answered(
+                        answer, record, lambda to: self._admitted(call, fields, spec, to, record, tokens)
+                    )
             finally:
                 if call.reached:
                     reservation.settle(record.usage.prompt + record.usage.completion)
@@ -143,7 +159,7 @@ class Spine:
     ) -> bool:
         """Steps 5 to 7; whether llama-server's answer was a stream."""
         loop = asyncio.get_running_loop()
-        asked_at = loop.time()
+        record.asked_at = asked_at = loop.time()
         wait = self._settings.queue_timeout_seconds
         deadline = call.received_at + (wait if call.max_wait is None else min(wait, call.max_wait))
         places = 0 if call.route.dialect in _NO_PLACE else call.places

@@ -13,6 +13,11 @@ def new_request_id() -> str:
     return f"req_{urandom(12).hex()}"
 
 
+def sane_id(given: str | None) -> str | None:
+    """A request's own name for itself, where it can be used as one."""
+    return given if given and _SANE.fullmatch(given) else None
+
+
 def identity(given_id: str | None, given_trace: str | None) -> tuple[str, str]:
     """The request's id, which is the client's own where it is sane, and its W3C `traceparent`: the same trace with a
     span of ours, or a new one."""

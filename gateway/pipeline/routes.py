@@ -6,12 +6,15 @@ from gateway.errors import BadRequest
 from gateway.pipeline.call import Route
 from gateway.pipeline.dialects import Dialect
 
+INFER = "/infer"
+
 # Route template → llama-server's own path. Beware: without /v1 `completions` and `embeddings` are llama-server's
 # native ones, and answer in another shape.
 ROUTES = {
     template: Route(template, upstream, dialect)
     for dialect, upstream, templates in (
         (Dialect.CHAT, "/v1/chat/completions", ("/v1/chat/completions", "/chat/completions")),
+        (Dialect.CHAT, "/v1/chat/completions", (INFER,)),  # in words of its own, see plain.py
         (Dialect.COMPLETIONS, "/v1/completions", ("/v1/completions",)),
         (Dialect.NATIVE, "/completion", ("/completion", "/completions")),
         (Dialect.NATIVE, "/infill", ("/infill",)),

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import msgspec
 
-from gateway.errors import BadRequest, GrammarNotFound
-from gateway.pipeline.bounds import check_grammar, check_schema
+from gateway.errors import BadRequest
+from gateway.pipeline.bounds import check_schema
 from gateway.pipeline.call import Call, Fields, are_plain, count_prompts, typed_field
 from gateway.pipeline.dialects import Dialect
+from gateway.pipeline.grammars import GrammarTexts, NoGrammars, put_grammar
+from gateway.pipeline.responses import check_responses
 
 # Another client's slot, adapters of the whole server, an answer kept after its client left, pings of its own.
 _REMOVED = ("id_slot", "lora", "conversation_id", "sse_ping_interval")
@@ -76,17 +78,21 @@ _object = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _strings = msgspec.json.Decoder(list[str] | str | None)
 
 
-def shielded(call: Call) -> Fields:
-    """The fields that may be forwarded. Raises BadRequest, GrammarNotFound."""
+def shielded(call: Call, grammars: GrammarTexts | None = None) -> Fields:
+    """The fields that may be forwarded, a named grammar's text in its place. Raises BadRequest, GrammarNotFound."""
     fields = {name: value for name, value in call.fields.items() if name not in _REMOVED}
     dialect = call.route.dialect
     _check_lists(fields, dialect)
     if dialect in _WITH_MESSAGES:
         _check_messages(fields)
+    elif dialect is Dialect.RESPONSES:
+        check_responses(fields)
     if dialect.generates:
         if not _RARE.isdisjoint(fields):
             _check_stops(fields)
             _check_probabilities(fields)
+            if "grammar" in fields:
+                put_grammar(fields, dialect, grammars or NoGrammars())
             _check_compiled(fields)
             _bound_windows(fields)
         for name in _BOUNDS[dialect]:
@@ -111,6 +117,11 @@ def bound_answer(fields: Fields, dialect: Dialect, *, default: int | None, most:
             del fields[name]
     fields[names[-1]] = msgspec.Raw(str(bound).encode())
     return bound
+
+
+def bound_names(dialect: Dialect) -> tuple[str, ...]:
+    """Of the fields that bound an answer of a dialect that generates."""
+    return _BOUNDS[dialect]
 
 
 def asked_bound(fields: Fields, dialect: Dialect) -> int | None:
@@ -205,11 +216,6 @@ def _check_probabilities(fields: Fields) -> None:
 
 
 def _check_compiled(fields: Fields) -> None:
-    grammar = typed_field(fields, "grammar", str, "a string")
-    if grammar and "::=" not in grammar:
-        raise GrammarNotFound(f"there is no grammar named {grammar[:64]!r}", param="grammar")
-    if grammar:
-        check_grammar(grammar, "grammar")
     for name in _COMPILED:
         raw = fields.get(name)
         if raw is not None and len(bytes(raw)) > 2:

@@ -10,13 +10,14 @@ from typing import Protocol
 
 from gateway.connection import Reply
 from gateway.errors import BackendError, CorralError
-from gateway.framing import LAST_CHUNK, Framing, frame
-from gateway.pipeline.account import Meter
+from gateway.framing import LAST_CHUNK, SIZE_LINES, Framing, frame
+from gateway.pipeline.account import MOST_CHUNKS, Meter
 from gateway.pipeline.dialects import Dialect, error_in
 from gateway.pipeline.progress import ProgressFilter
 from gateway.refusals import translate_event
 
 PING = b": ping\n\n"
+_MOST_STRAIGHT = len(SIZE_LINES)
 LINGER_SECONDS = 10.0  # a client that does not read its last bytes is cut then
 
 Headers = list[tuple[str, str]]
@@ -79,7 +80,7 @@ class Splice:
         self._dialect = dialect
         self._chunked = chunked  # the client speaks HTTP/1.1
         self._wire = _Wire.PLAIN
-        self._straight = False  # the head is out: tokens go through as they are
+        self._straight = False
         self._progress: ProgressFilter | None = None
         self._counted = False  # the client was told a length: nothing may be put between
         self._behind = False  # the client reads slowly; it may have been so before llama-server's answer began
@@ -111,17 +112,6 @@ class Splice:
 
     def feed(self, raw: bytes, payload: bytes, last: bool) -> None:
         """From the socket of llama-server; see backend.Sink."""
-        if self._straight and not last and b"error" not in payload:
-            self.meter.see(payload)
-            self.quiet = 0
-            if not self._transport.is_closing():
-                self._transport.write(raw)
-            if self._behind and self._reply is not None:
-                self._reply.pause()
-        else:
-            self._feed(raw, payload, last)
-
-    def _feed(self, raw: bytes, payload: bytes, last: bool) -> None:
         if self.failure is not None or self.finished:
             return
         if self._progress is not None:
@@ -147,8 +137,30 @@ class Splice:
             self._write(out)
         if self._behind and self._reply is not None:
             self._reply.pause()
-        going = self.stream and self.begun and self._progress is None
-        self._straight = going and self.failure is None and not self.finished and self._wire is _Wire.AS_IT_COMES
+        self._go_straight()
+
+    def _go_straight(self) -> None:
+        """The head is out: what follows goes through as it is, but for what `_through` does not know."""
+        fit = self.begun and self.stream and self._wire is _Wire.AS_IT_COMES and self._progress is None
+        fit = fit and self.failure is None and not self.finished and type(self.meter) is Meter
+        if fit is not self._straight and self._reply is not None:
+            self._straight = fit
+            self._reply.go_straight(self, self._through if fit else None)
+
+    def _through(self, raw: bytes) -> bool:
+        """A token's way; see connection.Straight."""
+        total = len(raw)
+        if total >= _MOST_STRAIGHT or not raw.startswith(SIZE_LINES[total]) or not raw.endswith(b"\r\n"):
+            return False
+        if b"error" in raw or self._transport.is_closing():
+            return False
+        self._transport.write(raw)
+        self.quiet = 0
+        meter = self.meter
+        meter.chunks.append(raw)
+        if len(meter.chunks) >= MOST_CHUNKS:
+            meter.look()
+        return True
 
     def _end(self) -> bytes:
         """What closes the body on the client's wire."""
@@ -177,15 +189,18 @@ class Splice:
     def fail(self, error: CorralError) -> None:
         """The answer has begun and cannot go on: one error frame, then the connection is cut, never ended cleanly."""
         if self.stream and not self._counted and not self._transport.is_closing():
-            text = self._dialect.error_frame(error.body())
+            text = self.error_frame(error)
             if not self._between_events:
                 text = b"\n\n" + text
             self._write(frame(text) if self._chunked else text)
         self.cut()
 
+    def error_frame(self, error: CorralError) -> bytes:
+        return self._dialect.error_frame(error.body())
+
     def cut(self) -> None:
         self.finished = self.was_cut = True
-        self._straight = False
+        self._go_straight()
         if self._reply is not None:
             self._reply.close()
         if not self._transport.is_closing():

@@ -28,15 +28,17 @@ from gateway.models.room import Landlord
 from gateway.pipeline.account import Accounts
 from gateway.pipeline.forward import Spine
 from gateway.pipeline.splice import Pinger
+from gateway.runtime.caching import caching
 from gateway.runtime.configuration import changed_settings, check_configuration, find_llama_server, is_lenient
 from gateway.runtime.links import connect_parts, forget, make_gauges, ticking, watch_books
-from gateway.runtime.makers import books_of, owner_maker, queue_of, shared_limits
+from gateway.runtime.makers import books_of, grammars_of, owner_maker, queue_of, shared_limits
 from gateway.settings import Settings
 from gateway.state import Board, ServiceState, publishing
 from gateway.stores.keys import KeyRing
 
 if TYPE_CHECKING:
     from gateway.stores.books import Books
+    from gateway.stores.grammars import Grammars
     from gateway.stores.redis_limits import SharedLimits
 
 
@@ -64,6 +66,7 @@ class Runtime:
     configure: Callable[[], Settings]  # reads the configuration anew
     make_queue: Callable[[ModelSpec], Queue]
     ticks: list[Callable[[float], Any]]  # called with the loop's time, each TICK_SECONDS
+    grammars: Grammars
     _reloading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def accept(self) -> None:
@@ -96,7 +99,11 @@ class Runtime:
         """
         async with self._reloading:
             keys = self.keys.reload()
-            about = {"keys": {"loaded": keys.loaded, "problems": keys.problems}}
+            await self.grammars.reload()
+            about = {
+                "keys": {"loaded": keys.loaded, "problems": keys.problems},
+                "grammars": {"loaded": len(self.grammars.names()), "problems": self.grammars.problems},
+            }
             return about | await self._reload_models()
 
     async def _reload_models(self) -> dict[str, Any]:
@@ -181,6 +188,7 @@ async def open_runtime(
             books.event(event)
         shared = await stack.enter_async_context(shared_limits(settings, metrics))
         spine = Spine(settings, manager, queues, Limits(loop.time, budgets=books.budgets), shared, accounts)
+        spine.grammars = grammars = await stack.enter_async_context(grammars_of(settings, binary))
         pinger = Pinger(settings.sse_ping_seconds)
         runtime = Runtime(
             settings,
@@ -200,10 +208,12 @@ async def open_runtime(
             configure or (lambda: settings),
             make_queue,
             ticks=[],
+            grammars=grammars,
         )
         runtime.ticks.append(lambda _: watch_books(books, metrics))
         runtime.ticks += [pinger.tick, runtime.manager.sweep, lambda _: metrics.log_errors.set(logs.errors)]
         connect_parts(runtime)
+        await stack.enter_async_context(caching(runtime))
         await stack.enter_async_context(ticking(runtime.ticks, metrics))
         events.emit("startup", f"models: {', '.join(registry.specs)}")
         yield runtime

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING
 from gateway.errors import ConfigError
 from gateway.models.command import check_extra_args
 from gateway.models.registry import Registry, build_registry
+from gateway.models.subjects import collisions
 from gateway.settings import Settings, variables
 
 if TYPE_CHECKING:
@@ -35,9 +38,23 @@ def check_configuration(settings: Settings) -> tuple[Registry, Path | None]:
             binary = find_llama_server(settings)
     except ConfigError as error:
         problems += error.problems
+    if settings.nats_url is not None:
+        problems += _check_nats(settings, registry)
     if problems or registry is None:
         raise ConfigError(problems)
     return registry, binary
+
+
+def _check_nats(settings: Settings, registry: Registry | None) -> list[str]:
+    problems = collisions(registry.specs) if registry is not None else []
+    if importlib.util.find_spec("nats") is None:
+        problems.append("NATS_URL is set, and nats-py is not installed: pip install 'corral[nats]'")
+    creds = settings.nats_creds_file
+    if creds is not None and not os.access(creds, os.R_OK):
+        problems.append(f"NATS_CREDS_FILE={str(creds)!r}: there is no such file, or it may not be read")
+    elif creds is not None and importlib.util.find_spec("nkeys") is None:
+        problems.append("NATS_CREDS_FILE is set, and nkeys is not installed: pip install 'nats-py[nkeys]'")
+    return problems
 
 
 def changed_settings(old: Settings, new: Settings) -> list[str]:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from gateway.admission.queue import ByteBudget, Queue
 from gateway.backend import Backend
-from gateway.environment import hub_caches, instance_name, secret_named
+from gateway.environment import child_environment, hub_caches, instance_name, secret_named
 from gateway.errors import ConfigError
 from gateway.events import Events
 from gateway.logs import LogWriter
 from gateway.metrics import Metrics
+from gateway.models.command import INHERITED, INHERITED_PREFIXES
 from gateway.models.local import LocalOwner, Means
 from gateway.models.owner import Owner
 from gateway.models.plan import MOST_SLOTS, Herd, Planner
@@ -30,6 +31,7 @@ from gateway.state import Board
 
 if TYPE_CHECKING:
     from gateway.stores.books import Books
+    from gateway.stores.grammars import Grammars
     from gateway.stores.redis_limits import SharedLimits
 
 
@@ -115,7 +117,8 @@ async def books_of(settings: Settings, logs: LogWriter, events: Events, accounts
     content: Any = settings.audit_content  # one of the three that settings allows
     keeping = Keeping(settings.audit_retention_days, content, logs.mask)
     async with open_books(place, told, keeping) as books:
-        accounts.listen(books.record)
+        accounts.listen(books.record, books.record_with)
+        accounts.keep_texts, accounts.keep_prompts_in_logs = content != "off", content == "full"
         events.listen(books.event)
         yield books
 
@@ -124,9 +127,21 @@ async def books_of(settings: Settings, logs: LogWriter, events: Events, accounts
 async def shared_limits(settings: Settings, metrics: Metrics) -> AsyncIterator[SharedLimits | None]:
     """Raises ConfigError for a wrong REDIS_URL; a Redis that is away neither fails nor delays the start."""
     if not settings.redis_url:
+        metrics.registry.unregister(metrics.redis_up)  # a 0 would mean that Redis is away
         yield None
         return
     from gateway.stores.redis_limits import Told, sharing  # only who has a Redis pays for it
 
     async with sharing(settings.redis_url, Told(metrics.redis_up.set, metrics.limits_alone.inc)) as shared:
         yield shared
+
+
+@contextlib.asynccontextmanager
+async def grammars_of(settings: Settings, binary: Path | None) -> AsyncIterator[Grammars]:
+    from gateway.models.parser import GrammarParser  # imported while the first llama-server starts
+    from gateway.pipeline.grammars import GrammarJudge
+    from gateway.stores.grammars import open_grammars
+
+    parser = GrammarParser(binary, child_environment(INHERITED, INHERITED_PREFIXES))
+    async with open_grammars(settings.data_dir / "grammars", GrammarJudge(parser)) as grammars:
+        yield grammars

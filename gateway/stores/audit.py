@@ -19,7 +19,8 @@ from gateway.stores.dbrows import BATCH_ROWS, Bell, Row, Rows
 
 MOST_WAITING = 20_000  # rows; about 15 MB
 MOST_CONTENT = 32 * 1024 * 1024  # bytes of prompts and answers that wait
-MOST_TEXT = 65_536  # characters of a prompt or an answer, and of an event's data
+MOST_TEXT = 256 * 1024  # bytes of a prompt or an answer
+MOST_DATA = 65_536  # characters of an event's data
 TIDY_ROWS = 5000
 
 SCHEMA = """
@@ -89,7 +90,19 @@ class Request(Protocol):
     @property
     def duration_ms(self) -> float: ...
     @property
+    def model_ms(self) -> float: ...
+    @property
     def usage(self) -> Tokens: ...
+
+
+class Text(Protocol):
+    """What was said, made into text by the writer's thread."""
+
+    @property
+    def size(self) -> int:
+        """Bytes that it holds until then."""
+
+    def text(self) -> str | None: ...
 
 
 class Happening(Protocol):
@@ -112,12 +125,12 @@ class Detail:
     """What only some requests have: how the response cache answered, and the texts, if AUDIT_CONTENT keeps them."""
 
     cache: str | None = None
-    prompt: str | None = None
-    response: str | None = None
+    prompt: Text | None = None
+    response: Text | None = None
 
     @property
     def size(self) -> int:
-        return len(self.prompt or "") + len(self.response or "")
+        return (self.prompt.size if self.prompt else 0) + (self.response.size if self.response else 0)
 
 
 _NO_DETAIL = Detail()
@@ -252,27 +265,33 @@ class Audit:
             usage.cached,
             record.stream,
             detail.cache,
-            kept(detail.prompt, self._keeping.content),
-            kept(detail.response, self._keeping.content),
+            kept(detail.prompt, self._keeping),
+            kept(detail.response, self._keeping),
         )
 
     def _event_row(self, event: Happening) -> Row:
         data = self._keeping.mask(json.dumps(event.data, default=str, skipkeys=True)) if event.data else None
-        if data is not None and len(data) > MOST_TEXT:
+        if data is not None and len(data) > MOST_DATA:
             data = json.dumps({"left_out_characters": len(data)})
         level = logging.getLevelName(event.level).lower()
         return event.ts, level, event.code, _writable(self._keeping.mask(event.message)), data
 
 
-def kept(text: str | None, content: Content) -> str | None:
-    """What is written of a prompt or an answer."""
-    if text is None or content == "off":
+def kept(said: Text | None, keeping: Keeping) -> str | None:
+    """What is written of a prompt or an answer: the SHA-256 of the whole, or the text without secrets."""
+    if said is None or keeping.content == "off":
         return None
-    if content == "hash":
+    text = said.text()
+    if text is None:
+        return None
+    if keeping.content == "hash":
         return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
-    return _writable(text)
+    return _writable(keeping.mask(text))
 
 
 def _writable(text: str) -> str:
-    """Half a pair of surrogates, which JSON can bring, is no text for SQLite."""
-    return text[:MOST_TEXT].encode(errors="replace").decode()
+    """Half a pair of surrogates, which JSON can bring, is no text for SQLite; what is too long is cut, and marked."""
+    data = text.encode(errors="replace")
+    if len(data) <= MOST_TEXT:
+        return data.decode()
+    return f"{data[:MOST_TEXT].decode(errors='ignore')}… [cut: it has {len(data)} bytes]"

@@ -94,7 +94,9 @@ class Usage:
         self._newest = 0
 
     def add_request(self, record: Request) -> None:
-        """Counts on the day on which the request came."""
+        """Counts on the day on which the request came. What is refused without a key is nobody's."""
+        if not record.key_id:
+            return
         day = int(record.ts // DAY)
         name = (day, record.key_id, record.model)
         tally = self._tallies.get(name)
@@ -105,7 +107,7 @@ class Usage:
         counts[1] += usage.prompt
         counts[2] += usage.completion
         counts[3] += usage.cached
-        counts[4] += model_seconds(record)
+        counts[4] += record.model_ms / 1000
         if not tally.dirty:
             self._changed.mark(tally)
 
@@ -183,13 +185,6 @@ class Budgets:
     def tidy(self, connection: sqlite3.Connection, now: float) -> bool:
         connection.execute("DELETE FROM budgets WHERE day < ?", (iso_day(int(now // DAY) - KEEP_DAYS),))
         return False
-
-
-def model_seconds(record: Request) -> float:
-    """How long a request had a model: from when it had its place and the model was loaded, if it was answered."""
-    if record.ttft_ms is None:
-        return 0.0
-    return max(0.0, record.duration_ms - record.queue_ms - record.load_ms) / 1000
 
 
 def iso_day(day: int) -> str:

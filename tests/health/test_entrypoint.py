@@ -174,6 +174,9 @@ def test_a_state_file_that_cannot_be_written_stops_nothing(stage: Stage) -> None
         ({"PORT_HEALTH": "", "RUNPOD_POD_ID": "x"}, False),
         ({"PORT_HEALTH": "unset", "RUNPOD_ENDPOINT_ID": "x"}, False),
         ({"RUNPOD_ENDPOINT_ID": "x"}, True),
+        # A worker listens nowhere, so that port is free for the health server.
+        ({"PORT": "HEALTH", "WORKER_MODE": "nats"}, True),
+        ({"PORT": "HEALTH", "PORT_HEALTH": "unset", "RUNPOD_ENDPOINT_ID": "x", "WORKER_MODE": "runpod"}, True),
     ],
 )
 def test_when_a_health_server_is_started(stage: Stage, env: dict[str, str], serves: bool) -> None:

@@ -69,11 +69,27 @@ def test_what_was_rejected(gateway: Gateway, body: Any, status: int, code: str) 
     assert (row["status"], row["error"], row["key_id"], row["tokens_out"]) == (status, code, "user", 0)
 
 
-def test_strangers_do_not_fill_the_books(gateway: Gateway) -> None:
-    gateway.chat("hi", key="sk-nobody", headers={"x-request-id": "books-stranger"})
-    gateway.chat("hi", headers={"x-request-id": "books-after"})
-    found(gateway, "books-after")
-    assert not [row for row in gateway.get("/logs", key=ADMIN).json()["logs"] if row["request_id"] == "books-stranger"]
+@pytest.mark.parametrize(
+    ("name", "how", "status", "code", "key"),
+    [
+        ("stranger", {"key": "sk-nobody"}, 401, "invalid_api_key", ""),
+        ("nobody", {"key": None}, 401, "missing_api_key", ""),
+        ("large", {"key": None, "body": b"x" * 10_485_761}, 413, "payload_too_large", ""),
+        ("text", {"headers": {"Content-Type": "text/plain"}}, 415, "unsupported_media_type", "user"),
+        ("got", {"method": "GET"}, 405, "method_not_allowed", "user"),
+    ],
+)
+def test_what_was_refused_at_the_door(
+    gateway: Gateway, name: str, how: dict[str, Any], status: int, code: str, key: str
+) -> None:
+    method = how.get("method", "POST")
+    body = None if method == "GET" else how.get("body", {"messages": []})
+    headers = {"x-request-id": f"books-{name}", **how.get("headers", {})}
+    reply = gateway.request(method, "/v1/chat/completions", body, headers=headers, key=how.get("key", USER))
+    assert reply.status == status
+    row = found(gateway, f"books-{name}")
+    assert (row["status"], row["error"], row["key_id"]) == (status, code, key)
+    assert (row["route"], row["model"], row["ttft_ms"]) == ("/v1/chat/completions", "", None)
 
 
 def test_who_may_read(gateway: Gateway) -> None:

@@ -14,7 +14,8 @@ from gateway.stores.keyfile import SCOPES, Key
 from gateway.stores.keys import presented
 
 ANONYMOUS = Key(id="anonymous", scopes=frozenset(SCOPES))
-SCOPE_OF = web.AppKey("scope_of", dict[str, str | None])  # route template → scope; None: public
+# "METHOD template" → scope, and template → that of its first row, for methods that it does not know; None: public
+SCOPE_OF = web.AppKey("scope_of", dict[str, str | None])
 
 
 @web.middleware
@@ -71,7 +72,10 @@ def admit(request: web.Request, key: Key, scope: str) -> None:
 def needed_scope(request: web.Request) -> str | None:
     """A path that does not exist asks for a key too: strangers learn nothing from it."""
     path = template(request)
-    return "infer" if path is None else request.app[SCOPE_OF].get(path, "infer")
+    if path is None:
+        return "infer"
+    scopes = request.app[SCOPE_OF]
+    return scopes.get(f"{request.method} {path}", scopes.get(path, "infer"))
 
 
 def client_address(request: web.Request, trusted: tuple[str, ...]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -16,17 +15,11 @@ from gateway.errors import (
     PayloadTooLarge,
 )
 from gateway.http.context import ERROR, REQUEST_ID
+from gateway.pipeline.dialects import anthropic_error
+from gateway.pipeline.plain import infer_failure
+from gateway.pipeline.routes import INFER
 
 log = logging.getLogger("corral.http")
-
-_ANTHROPIC_TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-}
 
 
 @web.middleware
@@ -52,11 +45,14 @@ def told(request: web.Request, error: Exception) -> web.Response:
 
 def render(request: web.Request, error: CorralError) -> web.Response:
     request[ERROR] = error.code
-    body: dict[str, Any] = error.body()
-    if request.path.startswith(("/v1/messages", "/messages")):
-        kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-        body = {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": request[REQUEST_ID]}
-    response = web.json_response(body, status=error.status, headers=error.headers())
+    headers = error.headers()
+    if request.path.startswith("/v1/messages"):
+        name = request[REQUEST_ID]
+        headers.setdefault("request-id", name)
+        body = {"type": "error", "error": anthropic_error(error.body()["error"]), "request_id": name}
+    else:
+        body = infer_failure(error) if request.path == INFER else error.body()
+    response = web.json_response(body, status=error.status, headers=headers)
     if error.status in (408, 413) or request.content.exception() is not None:
         response.force_close()  # the rest of the body is not worth reading, or cannot be read
     return response

@@ -33,18 +33,24 @@ def count(request: web.Request, response: web.StreamResponse) -> None:
     if not request.get(ACCOUNTED):
         path = template(request) or "unknown"
         request.app[RUNTIME].metrics.count_request(path, method_label(request.method), response.status, "")
-        if path in ROUTES and KEY in request:  # strangers must not be able to fill the books
+        if path in ROUTES:
             write_down(request, path, response.status)
+        elif request.path in ROUTES:  # another method
+            write_down(request, request.path, response.status)
 
 
 def write_down(request: web.Request, path: str, status: int) -> None:
-    """A request for a model that was refused before it came to the spine."""
+    """A request for a model that was refused before it came to the spine; without a key, as long as they are few."""
+    key, accounts = request.get(KEY), request.app[RUNTIME].accounts
+    if key is None and not accounts.strangers.admitted(request[RECEIVED_AT]):
+        request.app[RUNTIME].metrics.records_skipped.inc()
+        return
     took = asyncio.get_running_loop().time() - request[RECEIVED_AT]
     record = Record(
         ts=time.time() - took,
         request_id=request[REQUEST_ID],
         trace_id=request[TRACEPARENT][3:35],
-        key_id=request[KEY].id,
+        key_id=key.id if key is not None else "",
         route=path,
         method=method_label(request.method),
         transport="http",
@@ -53,7 +59,7 @@ def write_down(request: web.Request, path: str, status: int) -> None:
         error=request.get(ERROR),
         duration_ms=took * 1000,
     )
-    request.app[RUNTIME].accounts.refused(record)
+    accounts.refused(record)
 
 
 def method_label(method: str) -> str:

@@ -1,0 +1,1 @@
+"""The API described, beside the code that serves it: `/openapi.json`, and `/docs`, a page that shows it."""

@@ -1,0 +1,331 @@
+"""The NATS door: jobs of a JetStream work queue go through the spine, as many at once as there are places.
+
+Many workers share one queue. Each takes a job only when it can begin it; a job whose worker says nothing for ACK_WAIT
+is delivered to another. `nats_link` has the connection, `nats_layout` what is made in JetStream, `nats_pull` how jobs
+are asked for, `nats_work` what becomes of one; `jobs` decides how often it is tried.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator
+
+import msgspec
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+
+from gateway.environment import instance_name
+from gateway.models.subjects import collisions, subject_name
+from gateway.runtime import Runtime
+from gateway.state import ModelState, ServiceState
+from gateway.stores.keyfile import Key
+from gateway.workers.nats_cancel import Cancels
+from gateway.workers.nats_job import Delivery, InHand
+from gateway.workers.nats_layout import CANCEL_SUBJECT, REQUEST_SUBJECT, ensure_consumer, lay_out
+from gateway.workers.nats_link import Away, Link, reaching, servers_of
+from gateway.workers.nats_pull import Puller, Room
+from gateway.workers.nats_replies import Replies
+from gateway.workers.nats_store import Store
+from gateway.workers.nats_work import Means, Work
+
+log = logging.getLogger("corral.nats")
+
+KEY_ID = "nats"
+HEALTH_SECONDS = 30.0
+END_SECONDS = 5.0  # to say the last word on jobs, when the service ends
+POLITE_SECONDS = 1.0  # between looks for jobs that lie waiting while all places are taken
+FAILED_SECONDS = 5.0  # between jobs for a model that has failed here, and may do elsewhere
+
+
+@contextlib.asynccontextmanager
+async def taking_jobs(runtime: Runtime) -> AsyncIterator[Worker]:
+    """Take jobs for as long as the block runs; those that still run at its end are given back. Raises ConfigError."""
+    settings = runtime.settings
+    assert settings.nats_url is not None
+    worker = Worker(runtime, servers_of(settings.nats_url))
+    with worker.listening():
+        async with worker.link.kept():
+            tasks = [
+                asyncio.create_task(worker.tell_progress(), name="NATS progress"),
+                asyncio.create_task(worker.tell_health(), name="NATS health"),
+            ]
+            try:
+                yield worker
+            finally:
+                await worker.end()
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Worker:
+    def __init__(self, runtime: Runtime, servers: list[str]) -> None:
+        self._runtime = runtime
+        self.name = f"{instance_name()}-{os.getpid()}"
+        self.link = Link(servers, runtime.settings.nats_creds_file, f"corral {self.name}", self._ready)
+        self._store: Store | None = None
+        self._inbox = ""
+        self._incoming: Subscription | None = None
+        self._cancels = Cancels(self.link)
+        self._replies = Replies()
+        self._models: dict[str, _Model] = {}  # by the name in subjects
+        self._registry: object = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._warned: set[str] = set()
+        self._ending = False
+        self._key_missed = False
+        self._health = asyncio.Event()
+        self._means = Means(
+            runtime=runtime,
+            link=self.link,
+            store=self._the_store,
+            key=self._key,
+            worker=self.name,
+            reply_of=self._replies.take,
+            unwanted=self._cancels.unwanted,
+            ending=lambda: self._ending or self._draining,
+            slow_down=lambda model, seconds: self._models[subject_name(model)].wait(seconds),
+        )
+
+    # --- its life
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hear of the service's state, and of models that come and go."""
+        stop_listening = self._runtime.board.listen(self._board_changed)
+        self._runtime.ticks.append(self._tick)
+        self._tick(0.0)
+        try:
+            yield
+        finally:
+            stop_listening()
+            self._runtime.ticks.remove(self._tick)
+
+    async def end(self) -> None:
+        """Cut what still runs, and say the last word on everything in hand."""
+        self._ending = True
+        self._take_no_more()
+        for model in self._models.values():
+            for hand in model.in_hand:
+                hand.stop()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=END_SECONDS if self.link.up.is_set() else 0.1)
+        for task in self._tasks:
+            task.cancel()
+        await self.link.flush()
+
+    async def _ready(self) -> None:
+        """There is a new connection."""
+        self._store = Store(await lay_out(self.link.js, self._warn))
+        inbox = self.link.new_inbox()
+        self._incoming = await self.link.subscribe(f"{inbox}.>", self._came)
+        await self.link.subscribe(f"{CANCEL_SUBJECT}>", self._cancel)
+        await self.link.subscribe(f"{REQUEST_SUBJECT}*", self._replies.heard)
+        self._inbox = inbox
+        await self._cancels.learn()
+        for model in self._models.values():
+            model.puller.renew()
+        self._health.set()
+
+    async def consumer(self, name: str) -> float:
+        """See to it that it is there; gives its ack wait in seconds. Raises Away."""
+        await lay_out(self.link.js, self._warn)
+        return await ensure_consumer(self.link.js, name, self._warn)
+
+    def _warn(self, problem: str) -> None:
+        if problem not in self._warned:
+            self._warned.add(problem)
+            log.warning("NATS: %s", problem)
+
+    def _the_store(self) -> Store:
+        if self._store is None:
+            raise Away("NATS was not reached yet")
+        return self._store
+
+    @property
+    def _draining(self) -> bool:
+        return self._runtime.board.status in (ServiceState.DRAINING, ServiceState.STOPPED)
+
+    # --- models
+
+    def _tick(self, _: float) -> None:
+        registry = self._runtime.manager.registry
+        if registry is self._registry or self._ending:
+            return
+        self._registry = registry
+        for problem in collisions(registry.specs):
+            log.error("NATS: %s; only the first one gets jobs", problem)
+        names: dict[str, str] = {}
+        for model_id in registry.specs:
+            names.setdefault(subject_name(model_id), model_id)
+        for name in self._models.keys() - names.keys():
+            self._models.pop(name).stop()
+        for name, model_id in names.items():
+            model = self._models.get(name)
+            if model is None or model.id != model_id:
+                if model is not None:
+                    model.stop()
+                self._models[name] = model = _Model(self, model_id, name)
+                model.start()
+
+    def _board_changed(self, model_id: str | None) -> None:
+        if model_id is None and self._draining:
+            self._take_no_more()
+        self._health.set()
+
+    def _take_no_more(self) -> None:
+        """What NATS has sent already still comes, and is given back at once."""
+        for model in self._models.values():
+            model.stop()
+        incoming, self._incoming = self._incoming, None
+        if incoming is not None and self.link.up.is_set():
+            self._spawn(self._until_drained(incoming), "NATS: no more jobs")
+
+    async def _until_drained(self, incoming: Subscription) -> None:
+        with contextlib.suppress(Away), reaching():
+            await incoming.drain()  # type: ignore[no-untyped-call]
+
+    # --- jobs
+
+    async def _came(self, message: Msg) -> None:
+        """A job has its own subject; only what is said of a request comes under ours."""
+        name, _, number = message.subject.removeprefix(f"{self._inbox}.").partition(".")
+        if message.subject.startswith(REQUEST_SUBJECT):
+            model = self._models.get(message.subject.removeprefix(REQUEST_SUBJECT))
+            if model is not None:
+                model.puller.came(message)
+        elif name in self._models:
+            self._models[name].puller.told(number, (message.headers or {}).get("Status", ""))
+
+    async def _cancel(self, message: Msg) -> None:
+        req_id = message.subject.removeprefix(CANCEL_SUBJECT)
+        self._cancels.add(req_id, time.time())
+        for model in self._models.values():
+            for hand in model.in_hand:
+                if hand.req_id == req_id and not hand.cancelled:
+                    hand.cancelled = True
+                    hand.stop()
+
+    def take(self, model: _Model, message: Msg) -> None:
+        """A job was delivered."""
+        delivery = Delivery.of(message)
+        hand = InHand(delivery, model.id, delivery.fallback_id)
+        model.in_hand.add(hand)
+        self._spawn(self._work(model, hand), f"delivery {delivery.fallback_id}")
+
+    def _spawn(self, work: Coroutine[object, object, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _work(self, model: _Model, hand: InHand) -> None:
+        try:
+            await Work(self._means, hand, model.name, model.puller.ack_wait).do()
+        except Away as error:
+            log.warning("%s will be delivered again: %s", hand.req_id, error)
+        except Exception:
+            log.exception("a job broke off; it will be delivered again", extra={"request_id": hand.req_id})
+        finally:
+            model.in_hand.discard(hand)
+            model.puller.look()
+
+    def room(self, model: _Model) -> Room:
+        """How many jobs of a model can be begun now. See Room."""
+        queue = self._runtime.queues.get(model.id)
+        now = time.monotonic()
+        if queue is None or queue.closed or self._ending or now < model.waits_until or self._key() is None:
+            return Room(0)
+        if self._runtime.board.models[model.id].state is ModelState.FAILED:
+            model.wait(FAILED_SECONDS)
+            return Room(0 if model.in_hand else 1, patient=False)
+        waiting = sum(not hand.placed for hand in model.in_hand)
+        free = queue.capacity - queue.active - max(queue.waiting, waiting)
+        if free > 0:
+            return Room(free)
+        if waiting or now < model.polite_until:
+            return Room(0)
+        model.polite_until = now + POLITE_SECONDS  # one job may wait here, so that HTTP alone does not get all places
+        return Room(1, patient=False)
+
+    def _key(self) -> Key | None:
+        key_id = self._runtime.settings.nats_key_id
+        if key_id is None:
+            return Key(KEY_ID)
+        key = self._runtime.keys.by_id(key_id)
+        usable = key is not None and key.has("infer")
+        if not usable and not self._key_missed:
+            log.error("NATS_KEY_ID=%s: there is no such key with the scope infer; no jobs are taken", key_id)
+        self._key_missed = not usable
+        return key if usable else None
+
+    # --- what is told regularly
+
+    async def tell_progress(self) -> None:
+        """JetStream gives a job to another worker when it hears nothing of it."""
+        while True:
+            waits = [model.puller.ack_wait for model in self._models.values()]
+            await asyncio.sleep(min(waits, default=30.0) / 3)
+            for model in list(self._models.values()):
+                for hand in list(model.in_hand):
+                    with contextlib.suppress(Away):
+                        await self.link.publish(hand.delivery.ack, b"+WPI")
+
+    async def tell_health(self) -> None:
+        """At each change of a state, and each HEALTH_SECONDS."""
+        while True:
+            await self.link.up.wait()
+            self._health.clear()
+            for model in list(self._models.values()):
+                with contextlib.suppress(Away):
+                    await self.link.publish(f"models.{model.name}.health", msgspec.json.encode(self._health_of(model)))
+            await asyncio.sleep(0.1)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(HEALTH_SECONDS):
+                    await self._health.wait()
+
+    def _health_of(self, model: _Model) -> dict[str, object]:
+        status, queue = self._runtime.board.models.get(model.id), self._runtime.queues.get(model.id)
+        return {
+            "model": model.id,
+            "status": status.state if status else ModelState.OFF,
+            "service": self._runtime.board.status,
+            "worker": self.name,
+            "slots": queue.capacity if queue else 0,
+            "active": queue.active if queue else 0,
+            "waiting": queue.waiting if queue else 0,
+            "jobs": len(model.in_hand),
+            "ts": time.time(),
+        }
+
+
+class _Model:
+    """What the worker has of one model."""
+
+    def __init__(self, worker: Worker, model_id: str, name: str) -> None:
+        self.id, self.name = model_id, name
+        self.in_hand: set[InHand] = set()
+        self.waits_until = self.polite_until = 0.0  # on the monotonic clock
+        self._worker = worker
+        self._task: asyncio.Task[None] | None = None
+        self.puller = Puller(
+            worker.link,
+            name,
+            lambda: worker.room(self),
+            lambda message: worker.take(self, message),
+            worker.consumer,
+        )
+
+    def wait(self, seconds: float) -> None:
+        self.waits_until = max(self.waits_until, time.monotonic() + seconds)
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self.puller.run(lambda: self._worker._inbox), name=f"jobs of {self.name}")
+
+    def stop(self) -> None:
+        """Ask for no more."""
+        if self._task is not None:
+            self._task.cancel()

@@ -1,0 +1,224 @@
+"""One job, from its delivery to the last word on it: answered, given back, tried again later, or given up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+
+from gateway.errors import BackendError, CorralError, PayloadTooLarge, ShuttingDown
+from gateway.pipeline.call import Call
+from gateway.pipeline.events import collected, events_of
+from gateway.pipeline.plain import Text, plain_answer, plain_failure, plain_token, told_in
+from gateway.pipeline.turns import LARGE_BYTES
+from gateway.runtime import Runtime
+from gateway.stores.keyfile import Key
+from gateway.workers.jobs import (
+    MOST_FAILURES,
+    Attempts,
+    Cancelled,
+    Kind,
+    dead_letter,
+    given_up,
+    kind_of,
+    pause_before_next,
+    why_failed,
+)
+from gateway.workers.nats_job import InHand, Job, call_for, names_in, read_job
+from gateway.workers.nats_layout import DEAD_SUBJECT, REQUEST_SUBJECT
+from gateway.workers.nats_link import Away, Link
+from gateway.workers.nats_store import Store, answer_key
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a job is worked on with."""
+
+    runtime: Runtime
+    link: Link
+    store: Callable[[], Store]
+    key: Callable[[], Key | None]  # whose limits count
+    worker: str  # who we are, in what is written down
+    reply_of: Callable[[str, bytes], str | None]  # for a job that names no subject for its answer
+    unwanted: Callable[[str, float], bool]  # was a job cancelled, by its id, that was published then?
+    ending: Callable[[], bool]  # the service ends, and what still runs is cut
+    slow_down: Callable[[str, float], None]  # take no more jobs of a model for so many seconds
+
+
+class Work:
+    def __init__(self, means: Means, hand: InHand, subject: str, ack_wait: float) -> None:
+        self._means, self._hand = means, hand
+        self._subject, self._ack_wait = subject, ack_wait
+
+    async def do(self) -> None:
+        """Raises Away where the service ends before NATS is back; the job is then delivered again."""
+        means, delivery = self._means, self._hand.delivery
+        self._hand.req_id, self._hand.reply_to = self._names()
+        attempts = Attempts()
+        if delivery.deliveries > 1:
+            attempts = await self._surely(lambda: means.store().attempts(delivery.key))
+            if attempts.answer is not None:
+                return await self._end(attempts)
+        reason = given_up(attempts, delivery.deliveries, time.time() - delivery.published, self._ack_wait)
+        if reason is not None:
+            return await self._give_up(attempts, reason)
+        if means.ending():
+            return await self._after(attempts, ShuttingDown("the service is shutting down"))
+        try:
+            body, key = await self._answered()
+        except CorralError as error:
+            return await self._after(attempts, error)
+        kept = await self._surely(lambda: means.store().keep_answer(key, body))
+        await self._send(kept)
+        await self._say(b"+ACK")
+
+    def _names(self) -> tuple[str, str | None]:
+        """The job's id and where its answer goes, also of a job that cannot be used otherwise."""
+        delivery = self._hand.delivery
+        own, reply_to = names_in(delivery.data)
+        heard = self._means.reply_of(REQUEST_SUBJECT + self._subject, delivery.data)
+        return own or delivery.fallback_id, reply_to or heard
+
+    async def _answered(self) -> tuple[bytes, str]:
+        """The answer, and what it is kept under; that of an earlier try where there is one. Raises CorralError."""
+        means, hand, delivery = self._means, self._hand, self._hand.delivery
+        if len(delivery.data) > LARGE_BYTES:
+            await means.runtime.spine.turns.take()
+        job = read_job(delivery, means.runtime.settings.max_request_body_size)
+        key = answer_key(hand.model, hand.req_id, job.fields)
+        if job.named or delivery.deliveries > 1:
+            kept = await self._surely(lambda: means.store().answer(key))
+            if kept is not None:
+                return kept, key
+        if means.unwanted(hand.req_id, delivery.published):
+            raise Cancelled()
+        body = await self._ran(job)
+        if len(body) > means.link.most_bytes:
+            raise PayloadTooLarge(f"the answer has {len(body)} bytes; NATS takes {means.link.most_bytes} in a message")
+        return body, key
+
+    async def _ran(self, job: Job) -> bytes:
+        """Through the spine, in a task of its own, so that it can be cancelled alone. Raises CorralError."""
+        means, hand = self._means, self._hand
+        key = means.key()
+        if key is None:
+            raise ShuttingDown("the key of NATS_KEY_ID cannot be used", retry_after=5)
+        stream = bool(job.plain.stream) and hand.reply_to is not None
+        call = hand.call = call_for(job, hand.delivery, key, hand.model, stream=stream)
+        run = hand.run = asyncio.create_task(self._run(call), name=f"job {call.request_id}")
+        if hand.cut:
+            run.cancel()
+        try:
+            await asyncio.wait({run})
+        finally:
+            run.cancel()
+        if run.cancelled():
+            raise Cancelled() if hand.cancelled else ShuttingDown("the service is shutting down")
+        return run.result()
+
+    async def _run(self, call: Call) -> bytes:
+        runtime, hand = self._means.runtime, self._hand
+        meter = runtime.accounts.meter()
+        if not call.stream:
+            answer, record = await collected(runtime.spine, call, meter)
+            told, usage = told_in(answer.body), record.usage
+        else:
+            text = Text(call.route.dialect)
+            async with events_of(runtime.spine, call, meter) as events:
+                index = 0
+                async for frame in events:
+                    if piece := text.take(frame):
+                        await self._send_token(piece, index)
+                        index += 1
+                    if hand.cut:  # nats-py swallows cancellations here and there
+                        raise asyncio.CancelledError
+            assert events.record is not None
+            told, usage = text.told(), events.record.usage
+        return msgspec.json.encode(plain_answer(hand.req_id, told, usage, hand.seconds))
+
+    # --- how it ends
+
+    async def _after(self, attempts: Attempts, error: CorralError) -> None:
+        """The try ended with `error`."""
+        means, kind = self._means, kind_of(error)
+        if means.ending() and kind is Kind.FAILED:
+            kind = Kind.RETURNED  # it was cut
+        if kind is Kind.FINAL:
+            return await self._end(replace(attempts, answer=self._failure(error)))
+        attempts = attempts.gave_back() if kind is Kind.RETURNED else attempts.failed(error, means.worker, time.time())
+        pause = pause_before_next(kind, error, len(attempts.failures))
+        if kind is Kind.FAILED and len(attempts.failures) >= MOST_FAILURES:
+            return await self._give_up(attempts, why_failed(attempts), error)
+        if kind is Kind.RETURNED and pause:
+            means.slow_down(self._hand.model, pause)
+        await self._keep(attempts)
+        await self._say(b"-NAK " + json.dumps({"delay": int(pause * 1e9)}).encode() if pause else b"-NAK")
+
+    async def _give_up(self, attempts: Attempts, reason: str, error: CorralError | None = None) -> None:
+        told = error or BackendError(f"given up: {reason}", headers={"x-should-retry": "false"})
+        await self._end(replace(attempts, answer=self._failure(told), dead=reason))
+
+    async def _end(self, attempts: Attempts) -> None:
+        """An error is the answer. It is kept first, so that a repeated one is the same."""
+        assert attempts.answer is not None
+        await self._keep(attempts)
+        if attempts.dead is not None:
+            await self._bury(attempts, attempts.dead)
+        await self._send(attempts.answer.encode())
+        await self._say(b"+TERM")
+
+    async def _bury(self, attempts: Attempts, reason: str) -> None:
+        hand, delivery, link = self._hand, self._hand.delivery, self._means.link
+        letter = dead_letter(hand.req_id, hand.model, delivery.data, reason, delivery.deliveries, attempts)
+        body = msgspec.json.encode(letter)
+        if len(body) > link.most_bytes:
+            body = delivery.data  # it came in a message, so it fits; the reason stands in the headers
+        headers = {
+            "Nats-Msg-Id": f"dead-{delivery.key}",
+            "Corral-Req-Id": _header(hand.req_id),
+            "Corral-Reason": _header(reason),
+        }
+        await self._surely(lambda: link.js.publish(DEAD_SUBJECT + self._subject, body, headers=headers))
+        self._means.runtime.events.emit("job.dead", f"{hand.req_id}: {reason}", model=hand.model)
+
+    def _failure(self, error: CorralError) -> str:
+        hand = self._hand
+        told: dict[str, Any] = plain_failure(hand.req_id, error, hand.seconds)
+        return msgspec.json.encode(told).decode()
+
+    # --- what is said
+
+    async def _send(self, body: bytes) -> None:
+        reply_to, link = self._hand.reply_to, self._means.link
+        if reply_to is not None:
+            await self._surely(lambda: link.publish(reply_to, body))
+
+    async def _send_token(self, piece: str, index: int) -> None:
+        hand = self._hand
+        assert hand.reply_to is not None
+        token = plain_token(hand.req_id, piece) | {"index": index}
+        try:
+            await self._means.link.publish(hand.reply_to, msgspec.json.encode(token))
+        except Away:
+            pass  # the answer at the end has the whole text
+
+    async def _say(self, word: bytes) -> None:
+        """The last word to JetStream. Where it is lost, the job comes again, and is answered from what is kept."""
+        link, ack = self._means.link, self._hand.delivery.ack
+        await self._surely(lambda: link.publish(ack, word))
+
+    async def _keep(self, attempts: Attempts) -> None:
+        store, key = self._means.store, self._hand.delivery.key
+        await self._surely(lambda: store().keep_attempts(key, attempts))
+
+    async def _surely(self, work: Callable[[], Any]) -> Any:
+        return await self._means.link.surely(work, 3.0 if self._means.ending() else float("inf"))
+
+
+def _header(text: str) -> str:
+    return " ".join(text.split())[:1000].encode("ascii", "replace").decode()

@@ -1,0 +1,118 @@
+"""The dashboard of a busy gateway, at three widths and in both themes."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from http.client import HTTPException
+
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from tests.browser.kit import Scheme, Yard, off, settled, violations, visit
+from tests.house import ADMIN, ROOT, USER, eventually
+from tests.real.herd import rows
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(60), pytest.mark.xdist_group("browser")]
+
+PICTURES = ROOT / "docs" / "pictures"
+PICTURED = {(1280, "light"): 1000, (1280, "dark"): 1000, (390, "light"): 844}  # heights
+MOST_PICTURE_BYTES = 150_000
+
+
+@pytest.fixture(scope="module")
+def busy(herd_yard: Yard) -> Iterator[Yard]:
+    """One model has failed, one is loading, one is busy and has somebody waiting; some requests went wrong."""
+    gateway = herd_yard.gateway
+    off(gateway, "gated", "slow")
+    herd_yard.close_gate()
+    gateway.chat(model="broken")
+    gateway.chat(model="nowhere")
+    for number in range(10):
+        model, key = ("alder", "birch")[number % 3 == 2], (USER, ADMIN)[number % 4 == 3]
+        gateway.chat("the sea " * 20 * (number % 4 + 1), model=model, key=key, max_tokens=40 * (number % 5) + 20)
+    together = [ask(herd_yard, 60) for _ in range(3)]
+    for one in together:
+        one.join()
+    asking = [ask(herd_yard, 4000) for _ in range(2)]
+    gateway.request("POST", "/v1/models/load", {"model": "gated"}, key=ADMIN)
+    eventually(lambda: (row := rows(gateway)["slow"])["inflight"] == 1 and row["queue_len"] == 1)
+    yield herd_yard
+    herd_yard.open_gate()
+    while any(one.is_alive() for one in asking):  # the one that waited loads it again
+        off(gateway, "slow")
+
+
+def ask(yard: Yard, tokens: int) -> threading.Thread:
+    body = {"model": "slow", "messages": [{"role": "user", "content": "go on"}], "max_tokens": tokens, "stream": True}
+
+    def run() -> None:
+        with contextlib.suppress(OSError, HTTPException):  # it may be cut off at the end
+            yard.gateway.request("POST", "/v1/chat/completions", body, seconds=60)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280, 1920])
+def test_the_page_is_fit_to_be_used(
+    browser: Browser, busy: Yard, width: int, scheme: Scheme, request: pytest.FixtureRequest
+) -> None:
+    """Nothing sticks out, and axe-core finds nothing serious, signed in or not."""
+    with visit(browser, busy.gateway, width, scheme) as visitor:
+        page = visitor.page
+        page.goto(visitor.gateway.url)
+        expect(page.get_by_label("Key", exact=True)).to_be_focused()
+        if width == 390:
+            assert violations(page) == []
+        visitor.sign_in()
+        settled(page)
+        expect(page.locator(".waterfall li").first).to_be_visible()
+        expect(visitor.model("slow")).to_contain_text("1 waiting")
+        expect(visitor.model("gated")).to_contain_text("Loading")
+        expect(page.get_by_role("status").filter(has_text="broken has failed.")).to_be_visible()
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert violations(page) == []
+        if folder := request.config.getoption("--look"):
+            page.screenshot(path=f"{folder}/{width}-{scheme}.png", full_page=True)
+        if request.config.getoption("--pictures") and (height := PICTURED.get((width, scheme))):
+            pose(page)
+            page.set_viewport_size({"width": width, "height": height})
+            page.screenshot(path=PICTURES / f"dashboard-{width}-{scheme}.png")
+
+
+def pose(page: Page) -> None:
+    """Something is said in the chat, and the lines have begun."""
+    page.get_by_label("Model", exact=True).select_option("birch")
+    page.get_by_label("at most").fill("60")
+    page.get_by_label("Message").fill("What lies behind the hill?")
+    page.get_by_label("Message").press("Enter")
+    expect(page.locator(".turn-note")).to_contain_text("60 tokens")
+    page.wait_for_timeout(25_000)
+    page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
+
+
+def test_the_pictures_are_those_that_the_docs_show() -> None:
+    shown = (ROOT / "docs" / "DASHBOARD.md").read_text()
+    names = {f"dashboard-{width}-{scheme}.png" for width, scheme in PICTURED}
+    assert {path.name for path in PICTURES.iterdir()} == names
+    assert all(f"pictures/{name}" in shown for name in names)
+    assert all((PICTURES / name).stat().st_size <= MOST_PICTURE_BYTES for name in names)
+
+
+def test_nothing_jumps_while_the_page_fills(browser: Browser, busy: Yard) -> None:
+    """Cumulative layout shift, as browsers reckon it, once signed in: below 0.1 counts as good."""
+    with visit(browser, busy.gateway) as visitor:
+        page = visitor.page
+        visitor.sign_in()
+        page.evaluate(
+            "window.shift = 0; new PerformanceObserver(list => "
+            "list.getEntries().forEach(one => { shift += one.value; })).observe({type: 'layout-shift'})"
+        )
+        settled(page)
+        expect(page.locator(".waterfall li").first).to_be_visible()
+        page.wait_for_timeout(2500)  # two snapshots, and what they change
+        assert page.evaluate("shift") < 0.1

@@ -1,0 +1,253 @@
+"""What goes wrong around jobs: NATS away, llama-server dying, limits, cancelled jobs, workers that end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import nats
+import pytest
+
+from tests.fake_llama import install
+from tests.house import ADMIN, running_gateway
+from tests.nats_kit import NatsServer, Office, impatient, office, running_nats, running_worker, until, until_async
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(30)]
+
+SHORT = {"max_tokens": 5}
+LONG = {"max_tokens": 100_000}
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[NatsServer]:
+    with running_nats(tmp_path / "nats") as running:
+        yield running
+
+
+async def test_nats_away_at_the_start_and_again_later(server: NatsServer, tmp_path: Path, chat_model: Path) -> None:
+    server.kill()
+    with running_gateway(tmp_path / "gateway", MODEL_PATH=str(chat_model), NATS_URL=server.url) as gateway:
+        assert gateway.chat().status == 200
+        server.start()
+        async with office(server) as here:
+            await wait_for_stream(here)
+            assert (await here.ask("tiny", "first", input="hi", params=SHORT))["tokens_out"] == 5
+            server.kill()
+            for _ in range(5):
+                assert gateway.chat().status == 200
+            server.start()
+            await until(lambda: here.client.is_connected)
+            assert (await here.ask("tiny", "second", input="hi", params=SHORT))["tokens_out"] == 5
+        assert "Traceback" not in gateway.stderr
+
+
+async def test_nats_gone_in_mid_job_and_back(server: NatsServer, tmp_path: Path, slow_model: Path) -> None:
+    await impatient(server, "slow", ack_wait=2.0)
+    with running_gateway(tmp_path / "gateway", MODEL_PATH=str(slow_model), NATS_URL=server.url) as gateway:
+        async with office(server) as here:
+            await here.send("slow", {"req_id": "long", "input": "hi", "params": {"max_tokens": 300}})
+            await until(lambda: gateway.slots_busy() == 1)
+            server.kill()
+            assert gateway.chat().status == 200
+            server.start()
+            answer = await here.answer("long", 20)
+            assert answer["tokens_out"] == 300
+            await until_async(here.pending, 0)
+            assert all(again == answer for again in here.answers["long"])
+
+
+async def test_a_job_under_which_llama_server_dies_is_tried_three_times(
+    server: NatsServer, tmp_path: Path, chat_model: Path
+) -> None:
+    fake = install(tmp_path)
+    about = {"MODEL_PATH": str(chat_model), "LLAMA_SERVER_PATH": str(fake), "NATS_URL": server.url}
+    with running_gateway(tmp_path / "gateway", about) as gateway:
+        async with office(server) as here:
+            await here.send("tiny", {"req_id": "poison", "input": "{{fake: exit_at=0}}", "params": SHORT})
+            answer = await here.answer("poison", 20)
+            assert answer["error"]["code"] == "backend_error"
+            (letter,) = await here.dead("tiny")
+            assert letter["req_id"] == "poison" and letter["reason"].startswith("failed 3 times")
+            assert letter["deliveries"] == 3 and len(letter["failures"]) == 3
+            assert letter["job"]["input"] == "{{fake: exit_at=0}}"
+            assert await here.pending() == 0
+            rows = gateway.get("/logs?limit=50", key=ADMIN).json()["logs"]
+            assert sum(row["request_id"] == "poison" for row in rows) <= 3
+            assert (await here.ask("tiny", "good", input="hi", params=SHORT))["tokens_out"] > 0
+
+
+async def test_a_job_that_others_refused_three_times_is_given_up(
+    server: NatsServer, tmp_path: Path, chat_model: Path
+) -> None:
+    await impatient(server, "tiny", ack_wait=30.0)
+    async with office(server) as here:
+        await here.send("tiny", {"req_id": "unloved", "input": "hi", "params": SHORT})
+        stranger = await here.client.jetstream().pull_subscribe_bind("tiny", "INFERENCE")
+        for _ in range(3):
+            (message,) = await stranger.fetch(1)
+            await message.nak()
+        with running_worker(tmp_path / "worker", server, chat_model):
+            answer = await here.answer("unloved")
+            assert answer["error"]["code"] == "backend_error"
+            (letter,) = await here.dead("tiny")
+            assert letter["deliveries"] == 4 and "refused 3 times" in letter["reason"]
+
+
+async def test_a_model_that_cannot_be_loaded(server: NatsServer, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + bytes(100))
+    about = {"MODEL_PATH": str(broken), "NATS_URL": server.url}
+    with running_gateway(tmp_path / "gateway", about, ready=False):
+        async with office(server) as here:
+            await wait_for_stream(here)
+            await here.send("broken", {"req_id": "hopeless", "input": "hi"})
+            answer = await here.answer("hopeless", 28)
+            assert answer["error"]["code"] in ("model_failed", "backend_error")
+            (letter,) = await here.dead("broken")
+            assert letter["reason"].startswith("failed 3 times, at last with model_failed")
+
+
+async def test_a_job_over_a_limit_waits_and_is_answered(server: NatsServer, tmp_path: Path, chat_model: Path) -> None:
+    keys = tmp_path / "keys.txt"
+    keys.write_text("batch:sk-batch-0123456789abcdefghij concurrency=1\n")
+    keys.chmod(0o600)
+    about = {"MODEL_PATH": str(chat_model), "NATS_URL": server.url, "NATS_KEY_ID": "batch"}
+    with running_worker(tmp_path / "worker", server, chat_model, **about, AUTH_KEYS_FILE=str(keys)):
+        async with office(server) as here:
+            for number in range(6):
+                await here.send("tiny", {"req_id": f"job {number}", "input": "hi", "params": {"max_tokens": 400}})
+            for number in range(6):
+                assert (await here.answer(f"job {number}", 25))["tokens_out"] == 400
+
+
+async def test_cancelled_while_it_runs_and_while_it_waits(server: NatsServer, tmp_path: Path, slow_model: Path) -> None:
+    about = {"MODEL_PATH": str(slow_model), "NATS_URL": server.url, "PARALLEL": "1"}
+    with running_gateway(tmp_path / "gateway", about) as gateway:
+        async with office(server) as here:
+            await here.send("slow", {"req_id": "runs", "input": "hi", "params": LONG, "stream": True})
+            await until(lambda: here.tokens.get("runs"))
+            await here.send("slow", {"req_id": "waits.there", "input": "hi", "params": LONG})
+            await here.client.publish("inference.cancel.waits.there")
+            await here.client.publish("inference.cancel.runs")
+            for name in ("runs", "waits.there"):
+                assert (await here.answer(name))["error"]["code"] == "cancelled"
+            await until(lambda: gateway.slots_busy() == 0)
+            await until_async(here.pending, 0)
+            again = await here.ask("slow", "waits.there", input="hi", params=SHORT)
+            assert again["tokens_out"] == 5, "a new job under that id"
+
+
+async def test_cancelled_before_any_worker_was_there(server: NatsServer, tmp_path: Path, chat_model: Path) -> None:
+    with running_worker(tmp_path / "first", server, chat_model):
+        pass  # it made the streams
+    async with office(server) as here:
+        await here.send("tiny", {"req_id": "never", "input": "hi", "params": LONG})
+        await here.client.jetstream().publish("inference.cancel.never", b"")
+        with running_worker(tmp_path / "second", server, chat_model):
+            assert (await here.answer("never"))["error"]["code"] == "cancelled"
+
+
+async def test_a_worker_that_ends_finishes_what_runs_and_gives_the_rest_back(
+    server: NatsServer, tmp_path: Path, slow_model: Path
+) -> None:
+    with running_worker(tmp_path / "first", server, slow_model, PARALLEL="1") as first:
+        async with office(server) as here:
+            await here.send("slow", {"req_id": "runs", "input": "hi", "params": {"max_tokens": 400}, "stream": True})
+            await until(lambda: here.tokens.get("runs"))
+            for number in range(3):
+                await here.send("slow", {"req_id": f"rest {number}", "input": "hi", "params": SHORT})
+            with running_worker(tmp_path / "second", server, slow_model, PARALLEL="1"):
+                first.process.send_signal(signal.SIGTERM)
+                assert (await here.answer("runs", 20))["tokens_out"] == 400
+                for number in range(3):
+                    assert (await here.answer(f"rest {number}", 8))["tokens_out"] == 5, "at once, not after ACK_WAIT"
+                assert await asyncio.to_thread(first.process.wait, 10) == 0
+    assert not [line for line in first.stderr.splitlines() if "ERROR" in line or "Traceback" in line]
+
+
+async def test_a_job_cut_by_the_end_of_its_worker_is_done_by_another(
+    server: NatsServer, tmp_path: Path, slow_model: Path
+) -> None:
+    with running_worker(tmp_path / "first", server, slow_model, SHUTDOWN_GRACE_SECONDS="0.3") as first:
+        async with office(server) as here:
+            await here.send("slow", {"req_id": "cut", "input": "hi", "params": {"max_tokens": 600}, "stream": True})
+            await until(lambda: here.tokens.get("cut"))
+            with running_worker(tmp_path / "second", server, slow_model):
+                assert first.stop() == 0
+                assert (await here.answer("cut", 20))["tokens_out"] == 600
+                assert not await here.dead("slow")
+
+
+async def test_workers_state_is_published(server: NatsServer, tmp_path: Path, chat_model: Path) -> None:
+    state = tmp_path / "state.json"
+    with running_worker(tmp_path / "worker", server, chat_model, STATE_FILE=str(state)) as worker:
+        assert json.loads(state.read_text())["status"] == "ready"
+        assert "Corral is ready: takes jobs from NATS for tiny\n" in worker.stdout
+        assert worker.stop() == 0
+    assert json.loads(state.read_text())["status"] == "stopped"
+
+
+async def test_models_that_come_and_go(server: NatsServer, tmp_path: Path, chat_model: Path) -> None:
+    models = tmp_path / "config.yaml"
+
+    def write(*ids: str) -> None:
+        rows = {name: {"model_path": str(chat_model)} for name in ids}
+        models.write_text(json.dumps({"models": rows}))
+
+    write("a.b", "c")
+    about = {"CONFIG_PATH": str(models), "NATS_URL": server.url}
+    with running_gateway(tmp_path / "gateway", about) as gateway:
+        async with office(server) as here:
+            assert (await here.ask("a_b", "dotted", input="hi", params=SHORT))["tokens_out"] == 5
+            write("c", "d")
+            assert gateway.request("POST", "/reload", key=ADMIN).status == 200
+            assert (await here.ask("d", "new", input="hi", params=SHORT))["tokens_out"] == 5
+            await here.send("a_b", {"req_id": "gone", "input": "hi", "params": SHORT})
+            assert (await here.ask("c", "kept", input="hi", params=SHORT))["tokens_out"] == 5
+            assert "gone" not in here.answers and await here.pending() == 1
+            write("a.b", "c", "a b")
+            told = gateway.request("POST", "/reload", key=ADMIN).json()
+            assert "'a_b' in NATS subjects" in str(told["models"]["problems"])
+            write("a.b", "c")
+            assert gateway.request("POST", "/reload", key=ADMIN).status == 200
+            assert (await here.answer("gone"))["tokens_out"] == 5
+
+
+def test_models_that_would_share_a_subject_stop_the_start(tmp_path: Path, chat_model: Path) -> None:
+    models = tmp_path / "config.yaml"
+    models.write_text(json.dumps({"models": {name: {"model_path": str(chat_model)} for name in ("a.b", "a b")}}))
+    about = {"CONFIG_PATH": str(models), "NATS_URL": "nats://127.0.0.1:1"}
+    with running_gateway(tmp_path / "gateway", about, ready=False) as gateway:
+        assert gateway.process.wait(10) == 1
+    assert "all are called 'a_b' in NATS subjects" in gateway.stderr and "Traceback" not in gateway.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "problem"),
+    [
+        ({}, "NATS_URL is not set"),
+        ({"NATS_URL": "http://127.0.0.1:4222"}, "NATS_URL: must be nats://host:4222"),
+        ({"NATS_URL": "nats://127.0.0.1:1", "NATS_CREDS_FILE": "/nowhere"}, "NATS_CREDS_FILE='/nowhere'"),
+    ],
+)
+def test_what_a_worker_cannot_start_with(
+    tmp_path: Path, chat_model: Path, variables: dict[str, str], problem: str
+) -> None:
+    about = {"MODEL_PATH": str(chat_model)} | variables
+    with running_gateway(tmp_path / "worker", about, ready=False, command=("worker", "nats")) as worker:
+        assert worker.process.wait(10) == 1
+    assert problem in worker.stderr and "Traceback" not in worker.stderr
+
+
+async def wait_for_stream(here: Office) -> None:
+    async def there() -> bool:
+        try:
+            await here.client.jetstream().consumer_info("INFERENCE", "nobody")
+        except nats.js.errors.NotFoundError as error:
+            return "consumer" in str(error)
+        return False
+
+    await until_async(there, True)
