@@ -156,6 +156,8 @@ class Metrics:
         self.vram_used = self._gauge("vram_used_bytes", "Memory that loaded models use, as the ledger counts it")
         self.redis_up = self._gauge("redis_up", "1 while limits are shared over Redis")
         self.limits_alone = self._counter("limits_alone", "Decisions made without Redis, at this gateway's share")
+        self.nats_up = self._gauge("nats_up", "1 while jobs can be taken from NATS")
+        self.nats_jobs = self._counter("nats_jobs", "Jobs from NATS, by how each delivery ended", "result")
         self.cache_requests = self._counter("cache_requests", "Look-ups in the response cache", "result")
         self.bytes_sent = self._counter("bytes_sent", "Bytes of answers from models")
         self.loop_lag = self._histogram(

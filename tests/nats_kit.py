@@ -57,9 +57,9 @@ class NatsServer:
 
 
 @contextlib.contextmanager
-def running_nats(folder: Path, **options: int) -> Iterator[NatsServer]:
+def running_nats(folder: Path, max_payload: int = 1024 * 1024) -> Iterator[NatsServer]:
     folder.mkdir(parents=True, exist_ok=True)
-    server = NatsServer(folder, **options)
+    server = NatsServer(folder, max_payload=max_payload)
     try:
         server.start()
         yield server
@@ -80,7 +80,12 @@ class Office:
         """Payloads without `reply_to` get ours."""
         if isinstance(payload, dict):
             payload = json.dumps({"reply_to": self.inbox} | payload).encode()
-        await self.client.jetstream().publish(f"inference.request.{model}", payload, headers=headers or None)
+        for _ in range(500):  # a worker makes the stream
+            with contextlib.suppress(nats.js.errors.NoStreamResponseError):
+                await self.client.jetstream().publish(f"inference.request.{model}", payload, headers=headers or None)
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError("there is no stream for jobs")
 
     async def ask(self, model: str, req_id: str, seconds: float = 8, **job: Any) -> dict[str, Any]:
         """One job's answer."""
@@ -108,6 +113,12 @@ class Office:
     async def pending(self) -> int:
         """Jobs that nobody has finished."""
         return (await self.client.jetstream().stream_info("INFERENCE")).state.messages
+
+    async def deliveries(self, model: str) -> int:
+        """How many there were of a model's jobs, repeated ones included."""
+        delivered = (await self.client.jetstream().consumer_info("INFERENCE", model)).delivered
+        assert delivered is not None
+        return delivered.consumer_seq
 
     async def _came(self, message: Msg) -> None:
         told = json.loads(message.data)
@@ -162,11 +173,14 @@ async def impatient(server: NatsServer, *models: str, ack_wait: float = 1.0) -> 
 
 
 @contextlib.contextmanager
-def running_worker(folder: Path, server: NatsServer, model: Path, **variables: str) -> Iterator[Gateway]:
-    """`corral worker nats` as a process, ready."""
+def running_worker(
+    folder: Path, server: NatsServer, model: Path, *, ready: bool = True, **variables: str
+) -> Iterator[Gateway]:
+    """`corral worker nats` as a process."""
     about = {"NATS_URL": server.url, "MODEL_PATH": str(model)} | variables
     with running_gateway(folder, about, ready=False, command=("worker", "nats")) as worker:
-        eventually(lambda: "Corral is ready" in worker.stdout or _over(worker), 20)
+        if ready:
+            eventually(lambda: "Corral is ready" in worker.stdout or _over(worker), 20)
         yield worker
 
 

@@ -18,8 +18,8 @@ from gateway.metrics import Metrics
 from gateway.models.owner import Owner
 from gateway.models.spec import ModelSpec
 from gateway.pipeline.account import Meter, Record
-from gateway.pipeline.cachekey import wish_of
 from gateway.pipeline.cached import ResponseCache, Seat
+from gateway.pipeline.cachekey import wish_of
 from gateway.pipeline.call import Call
 from gateway.pipeline.media import Media
 from gateway.pipeline.replay import PIECE, Replay, replay

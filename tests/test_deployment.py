@@ -23,6 +23,7 @@ GUIDES = [ROOT / "docs" / f"{name}.md" for name in ("DOCKER", "RUNPOD", "VAST", 
 NAMES = {name for var in variables() for name in (var.name, *var.aliases)}
 # Of Docker, of the platforms, and of shells; not ours.
 FOREIGN = {"BASE", "BUILD_PACKAGES", "VERSION", "REVISION", "CREATED", "SOURCE", "PATH", "HEALTHCHECK", "FROM", "USER"}
+FOREIGN |= {"EXTRAS"}
 FOREIGN |= {"RUNPOD_API_KEY", "ENDPOINT_ID", "POD_ID", "VAST_TCP_PORT_8000", "PWD", "COPY", "IMAGE", "BUCKET", "Q4_K_M"}
 
 

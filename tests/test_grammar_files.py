@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
@@ -13,6 +14,7 @@ import pytest
 from gateway.stores import grammar_files as files
 from gateway.stores.grammar_files import About, Grammar, Passed
 
+MADE, GONE = (datetime(2026, month, 1, tzinfo=UTC) for month in (1, 2))
 TEXT = 'root ::= "a"\n'
 
 
@@ -25,7 +27,7 @@ def put(folder: Path, path: str, text: str | bytes = TEXT) -> None:
 def write(folder: Path, name: str, text: str = TEXT, *, description: str = "") -> int:
     grammar = files.read_all(folder).grammars.get(name) or Grammar(name, About(), {})
     about = msgspec.structs.replace(grammar.about, description=description)
-    return files.add_version(folder, grammar, text, about, Passed(files.digest(text), 5.0, "p"))
+    return files.add_version(folder, grammar, text, about, Passed(files.digest(text), MADE, "p"))
 
 
 def names(folder: Path) -> list[str]:
@@ -44,8 +46,8 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     reading = files.read_all(tmp_path)
     versions = reading.grammars["json"].versions
     assert [(number, each.text, each.created) for number, each in versions.items()] == [
-        (1, "one ::=", 5.0),
-        (2, "two ::=", 5.0),
+        (1, "one ::=", MADE),
+        (2, "two ::=", MADE),
     ]
     assert all(each.tested is not None for each in versions.values())
     assert (reading.grammars["json"].about.description, reading.problems) == ("d", [])
@@ -87,6 +89,7 @@ def test_a_changed_text_is_untested(tmp_path: Path) -> None:
         ("good.gbnf", TEXT, "is not used, for there is"),
         ("good/about.json", "{", "cannot be read"),
         ("good/about.json", '{"last": "x"}', "cannot be read"),
+        ("good/about.json", '{"created": "2026-01-01T00:00:00"}', "cannot be read"),
     ],
 )
 def test_what_is_broken_is_told_and_takes_nothing_else_down(
@@ -112,12 +115,12 @@ def test_all_texts_together_are_bounded(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_number_is_never_given_twice(tmp_path: Path) -> None:
     write(tmp_path, "json", description="old")
     write(tmp_path, "json")
-    files.remove(tmp_path, files.read_all(tmp_path).grammars["json"], 2, 9.0)
+    files.remove(tmp_path, files.read_all(tmp_path).grammars["json"], 2, GONE)
     assert files.read_all(tmp_path).grammars["json"].about.deleted is None
     assert write(tmp_path, "json") == 3
-    files.remove(tmp_path, files.read_all(tmp_path).grammars["json"], None, 9.0)
+    files.remove(tmp_path, files.read_all(tmp_path).grammars["json"], None, GONE)
     gone = files.read_all(tmp_path).grammars["json"]
-    assert (dict(gone.versions), gone.about) == ({}, About(deleted=9.0, last=3))
+    assert (dict(gone.versions), gone.about) == ({}, About(deleted=GONE, last=3))
     assert names(tmp_path) == ["json/about.json"]
     assert write(tmp_path, "json") == 4
 
@@ -127,14 +130,14 @@ def test_a_flat_file_gets_more_versions_beside_it_and_can_be_removed(tmp_path: P
     assert write(tmp_path, "flat", "two ::=") == 2
     grammar = files.read_all(tmp_path).grammars["flat"]
     assert [each.text for each in grammar.versions.values()] == [TEXT, "two ::="]
-    files.remove(tmp_path, grammar, 1, 9.0)
+    files.remove(tmp_path, grammar, 1, GONE)
     assert names(tmp_path) == ["flat/2.gbnf", "flat/about.json"]
 
 
 def test_two_gateways_do_not_overwrite_each_other(tmp_path: Path) -> None:
     before = Grammar("json", About(), {})
     numbers = [
-        files.add_version(tmp_path, before, text, About(), Passed(files.digest(text), 1.0)) for text in ("a", "b")
+        files.add_version(tmp_path, before, text, About(), Passed(files.digest(text), MADE)) for text in ("a", "b")
     ]
     assert numbers == [1, 2]
     assert [(tmp_path / f"json/{number}.gbnf").read_text() for number in numbers] == ["a", "b"]
@@ -148,7 +151,7 @@ def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [write(tmp_path, "json"), write(tmp_path, "json")] == [1, 2]
     put(tmp_path, "json/3.gbnf", "somebody's ::=")
     stale = Grammar("json", About(last=2), {})
-    assert files.add_version(tmp_path, stale, TEXT, About(), Passed("", 1.0)) == 4
+    assert files.add_version(tmp_path, stale, TEXT, About(), Passed("", MADE)) == 4
     assert (tmp_path / "json/3.gbnf").read_text() == "somebody's ::="
 
 

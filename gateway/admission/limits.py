@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 from gateway.admission.budgets import DAY_SECONDS, BudgetStore, Day, MemoryBudgets
 from gateway.admission.windows import WINDOW_SECONDS, Mark, Window
-from gateway.errors import (
-    ConcurrencyExceeded,
-    InsufficientQuota,
-    RateLimitExceeded,
-    TokensExceeded,
-    TooManyRequests,
+from gateway.errors import ConcurrencyExceeded
+from gateway.overuse import (
+    never_so_many_tokens,
+    out_of_quota,
+    too_many_at_once,
+    too_many_requests,
+    too_many_tokens,
 )
 
 Headers = tuple[tuple[str, str], ...]
@@ -183,11 +184,7 @@ class Limits:
             caller.day = Day(claim.caller, number, self._budgets)
         left = caller.day.left(claim.budget)
         if claim.tokens > left or not left:
-            raise InsufficientQuota(
-                f"{claim.budget} tokens a day are allowed for this key, {left} are left, and this request may use "
-                f"{claim.tokens}; the next day begins at 00:00 UTC",
-                retry_after=(number + 1) * DAY_SECONDS - wall,
-            )
+            raise out_of_quota(claim.budget, left, claim.tokens, (number + 1) * DAY_SECONDS - wall)
 
     def _sweep(self, now: float) -> None:
         """Forget some who have not come for a minute, so that many addresses cost no memory, and no pause."""
@@ -207,42 +204,20 @@ def _check_windows(caller: _Caller, claim: Claim, now: float) -> None:
     requests = caller.requests.wait(now, 1, claim.rpm) if claim.rpm else 0.0
     tokens = 0.0
     if claim.tpm and claim.tokens > claim.tpm:
-        raise TokensExceeded(
-            f"this request may use {claim.tokens} tokens, and {claim.tpm} a minute are allowed for this key: ask for "
-            "a shorter answer",
-            headers=dict(_headers(claim, caller, now)) | {"x-should-retry": "false"},
-        )
+        raise never_so_many_tokens(claim.tpm, claim.tokens, _headers(claim, caller, now))
     if claim.tpm and caller.tokens:
         tokens = caller.tokens.wait(now, claim.tokens, claim.tpm)
-    wait = max(requests, tokens)
-    if wait <= 0:
-        return
-    error: type[TooManyRequests]
-    if requests >= tokens:
-        error = RateLimitExceeded
-        message = f"{claim.rpm} requests a minute are allowed for this key; the next one passes in {wait:.1f} s"
-    else:
-        error = TokensExceeded
-        message = (
-            f"{claim.tpm} tokens a minute are allowed for this key, and this request may use {claim.tokens}; it "
-            f"passes in {wait:.1f} s"
-        )
-    raise error(message, retry_after=wait, headers=_refused(claim, caller, now, wait))
+    if requests > 0 and requests >= tokens:
+        raise too_many_requests(claim.rpm, requests, _headers(claim, caller, now))
+    if tokens > 0:
+        raise too_many_tokens(claim.tpm, claim.tokens, tokens, _headers(claim, caller, now))
 
 
 def _no_lease(caller: _Caller, claim: Claim, now: float) -> ConcurrencyExceeded:
     """When a running request will end nobody knows: a likely time is told."""
     oldest = next(iter(caller.leases.values()))
     wait = min(WINDOW_SECONDS, max(1.0, caller.held_seconds - (now - oldest)))
-    return ConcurrencyExceeded(
-        f"{claim.concurrency} requests at once are allowed for this key, and as many run",
-        retry_after=wait,
-        headers=_refused(claim, caller, now, wait),
-    )
-
-
-def _refused(claim: Claim, caller: _Caller, now: float, wait: float) -> dict[str, str]:
-    return dict(_headers(claim, caller, now)) | {"retry-after-ms": str(math.ceil(wait * 1000))}
+    return too_many_at_once(claim.concurrency, wait, _headers(claim, caller, now))
 
 
 def _headers(claim: Claim, caller: _Caller, now: float) -> Headers:

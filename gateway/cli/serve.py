@@ -24,6 +24,8 @@ from gateway.state import ServiceState
 
 log = logging.getLogger("corral.serve")
 
+SWITCH_SECONDS = 0.001  # the loop gets the interpreter back from other threads so soon; Python's own 5 ms are felt
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
@@ -47,6 +49,7 @@ def run_house(live: Callable[[Settings, LogWriter], Coroutine[object, object, in
     except ConfigError as error:
         return _refuse(error)
     allow_many_connections()
+    sys.setswitchinterval(SWITCH_SECONDS)
     folder = log_folder(settings.data_dir, settings.log_name, settings.worker_type)
     with logging_to(
         folder,

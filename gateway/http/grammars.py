@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from aiohttp import web
@@ -9,7 +10,6 @@ from aiohttp import web
 from gateway.errors import BadRequest, UnsupportedMediaType
 from gateway.http.context import KEY, RUNTIME
 from gateway.http.inference import read_body
-from gateway.http.status import iso
 from gateway.pipeline.call import parse_json_object, typed_field
 from gateway.stores.grammar_files import Grammar, Version
 from gateway.stores.grammars import Grammars
@@ -63,13 +63,13 @@ def about(grammars: Grammars, grammar: Grammar, version: Version) -> dict[str, A
         "name": grammar.name,
         "description": grammar.about.description,
         "version": version.number,
-        "created": iso(grammar.about.created or min(each.created for each in usable)),
-        "updated": iso(max(each.created for each in usable)),
+        "created": _told(grammar.about.created or min(each.created for each in usable)),
+        "updated": _told(max(each.created for each in usable)),
         "uses": grammars.uses(grammar.name),
         "versions": [
             {
                 "version": each.number,
-                "created": iso(each.created),
+                "created": _told(each.created),
                 "bytes": len(each.text.encode()),
                 "uses": grammars.uses(grammar.name, each.number),
             }
@@ -80,6 +80,10 @@ def about(grammars: Grammars, grammar: Grammar, version: Version) -> dict[str, A
 
 def whole(grammars: Grammars, grammar: Grammar, version: Version) -> dict[str, Any]:
     return about(grammars, grammar, version) | {"content": version.text}
+
+
+def _told(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds")
 
 
 def _written(request: web.Request, grammar: Grammar, version: Version, status: int) -> web.Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from functools import partial
 
 from aiohttp import HttpVersion11, web
 
@@ -34,7 +35,7 @@ from gateway.http.dialects import splice_for
 from gateway.http.protocol import CLOSED, KEPT, ClientConnection
 from gateway.http.wishes import log_as_asked
 from gateway.pipeline.cachekey import wish_of
-from gateway.pipeline.call import Call, read_fields
+from gateway.pipeline.call import Call, Fields, parse_json_object, read_fields
 from gateway.pipeline.dialects import Dialect
 from gateway.pipeline.routes import ROUTES, max_wait, priority
 from gateway.pipeline.splice import Headers, Splice
@@ -51,9 +52,8 @@ async def infer(request: web.Request) -> web.StreamResponse:
     body = body_at_hand(request)
     if body is None:
         body = await read_body(request, runtime.settings, runtime.budget)
-    if len(body) > LARGE_BYTES:
-        await runtime.spine.turns.take()
-    call = make_call(request, body)
+    large = len(body) > LARGE_BYTES and not _is_form(request)
+    call = make_call(request, body, await runtime.spine.turns.of(partial(parse_json_object, body)) if large else None)
     if transport is None:
         raise ConnectionResetError("the client has left")
     keep_alive = request.keep_alive and request.version >= HttpVersion11
@@ -107,8 +107,11 @@ def _not_cancelled_after_all() -> None:
     task.uncancel()
 
 
-def make_call(request: web.Request, body: bytes) -> Call:
-    """Raises BadRequest, InvalidJSON, UnsupportedMediaType."""
+def make_call(request: web.Request, body: bytes, fields: Fields | None = None) -> Call:
+    """`fields` are what the body holds, where it was parsed already.
+
+    Raises BadRequest, InvalidJSON, UnsupportedMediaType.
+    """
     path = template(request)
     assert path is not None
     route = ROUTES[path]
@@ -130,7 +133,7 @@ def make_call(request: web.Request, body: bytes) -> Call:
         return call
     if "Content-Type" in request.headers and not _is_json(request.content_type):
         raise UnsupportedMediaType(f"Content-Type is {request.content_type}: send application/json")
-    read_fields(call, body)
+    read_fields(call, body, fields)
     if "Cache-Control" in request.headers:
         call.cache = wish_of(request.headers["Cache-Control"])
     if "X-Request-Priority" in request.headers:
@@ -194,6 +197,10 @@ async def read_body(request: web.Request, settings: Settings, budget: ByteBudget
     finally:
         budget.release(size)
     return b"".join(parts)
+
+
+def _is_form(request: web.Request) -> bool:
+    return request.content_type == "multipart/form-data"
 
 
 def _is_json(content_type: str) -> bool:

@@ -29,8 +29,15 @@ async def usage(request: web.Request) -> web.Response:
     since, until = days(query.get("since"), query.get("until"), datetime.now(UTC).date())
     key_id = whose(request[KEY], query.get("key") or None)
     model = query.get("model") or None
-    lines = await request.app[RUNTIME].books.used(key_id, since.isoformat(), until.isoformat(), model)
-    body = {"object": "usage", "data": lines, "total": total(lines)}
+    runtime = request.app[RUNTIME]
+    asked = (key_id, since.isoformat(), until.isoformat(), model)
+    lines = await runtime.books.used(*asked)
+    body: dict[str, Any] = {"object": "usage"}
+    if runtime.shared_usage is not None:
+        shared = await runtime.shared_usage.used(lines, *asked)
+        lines = lines if shared is None else shared
+        body["gateways"] = "this one" if shared is None else "all"
+    body |= {"data": lines, "total": total(lines)}
     return web.Response(body=msgspec.json.encode(body), content_type="application/json")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import os
 import re
 import secrets
 import signal
@@ -127,7 +128,7 @@ class GrammarParser:
             output.extend(data[: max(0, _OUTPUT_BYTES - len(output))])
 
         try:
-            with tempfile.NamedTemporaryFile(prefix="corral-", suffix=".gguf") as model:
+            with tempfile.NamedTemporaryFile(prefix="corral-", suffix=".gguf", dir=_memory_folder()) as model:
                 model.write(tiny_model())
                 model.flush()
                 argv = ["/bin/sh", "-c", _LIMITED, str(binary), *_arguments(model.name, port)]
@@ -160,9 +161,14 @@ async def _until_ready(process: Process, backend: Backend) -> None:
     raise Untested(f"the grammar could not be tested: {why}")
 
 
+def _memory_folder() -> str | None:
+    """Where no disk is written, and none need be writable; None: where temporary files usually lie."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
 def _arguments(model: str, port: int) -> Sequence[str]:
-    """Only what every build knows."""
-    fixed = "-np 1 -t 1 -ngl 0 --host 127.0.0.1"
+    """Only what every build knows. With a thread for each core, their stacks alone could fill what memory it has."""
+    fixed = "-np 1 -t 1 --threads-http 2 -ngl 0 --host 127.0.0.1"
     return ["-m", model, "-c", str(CONTEXT), "--port", str(port), *fixed.split()]
 
 

@@ -95,12 +95,9 @@ class Spine:
             authorise(call.key, spec)  # 2
             if spec.defaults and call.raw is None:
                 fill_in(call, spec.defaults)
-            if call.size > LARGE_BYTES:
-                await self.turns.take()
-            fields = shielded(call, self.grammars)  # 3
-            if call.size > LARGE_BYTES:
-                await self.turns.take()
-            media = find_media(fields, call.route.dialect, allow_remote=self._settings.allow_remote_media)
+            large = call.size > LARGE_BYTES
+            media = await self.turns.of(lambda: self._checked(call)) if large else self._checked(call)  # 3
+            fields = media.fields
             owner, long = self._manager.owners[spec.id], call.size > COUNTED_BYTES
             counted = await count_prompt(call, fields, owner, self._settings) if long else None
             tokens = expected_tokens(call, fields, self._settings, ctx, counted)
@@ -113,8 +110,6 @@ class Spine:
             try:
                 if media.remote:
                     fields = await self._with_media(call, media)
-                else:
-                    fields = media.fields
                 if seat is None:
                     streamed = await self._admitted(call, fields, spec, answer, record, tokens)
                 else:
@@ -147,6 +142,11 @@ class Spine:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within):
                 await self._accounts.idle.wait()
+
+    def _checked(self, call: Call) -> Media:
+        """Raises BadRequest, GrammarNotFound."""
+        fields = shielded(call, self.grammars)
+        return find_media(fields, call.route.dialect, allow_remote=self._settings.allow_remote_media)
 
     async def _with_media(self, call: Call, media: Media) -> Fields:
         """The fields with what their URLs refer to in place of the URLs, fetched before a place is taken for them."""

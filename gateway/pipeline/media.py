@@ -18,7 +18,7 @@ import msgspec
 
 from gateway.errors import BadRequest
 from gateway.pipeline.addresses import Refused, parse_target
-from gateway.pipeline.call import Fields, are_plain
+from gateway.pipeline.call import SLICE_BYTES, Fields, are_plain
 from gateway.pipeline.dialects import Dialect
 from gateway.pipeline.images import MAX_PIXELS, pixels, pixels_of_base64
 
@@ -253,10 +253,11 @@ def is_base64(text: str) -> bool:
     """In the standard alphabet, padded or not, and not empty; llama-server stops reading at anything else."""
     if not text.isascii():
         return False
-    digits = text.encode().rstrip(b"=")
-    padding = len(text) - len(digits)
+    padding = len(text) - len(text.rstrip("="))
     whole = padding <= 2 and (len(text) % 4 == 0 if padding else len(text) % 4 != 1)
-    return bool(digits) and whole and not digits.translate(None, _BASE64)
+    count = len(text) - padding
+    slices = (text[start : min(start + SLICE_BYTES, count)].encode() for start in range(0, count, SLICE_BYTES))
+    return count > 0 and whole and not any(part.translate(None, _BASE64) for part in slices)
 
 
 def _first(raw: msgspec.Raw) -> int:

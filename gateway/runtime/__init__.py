@@ -31,7 +31,7 @@ from gateway.pipeline.splice import Pinger
 from gateway.runtime.caching import caching
 from gateway.runtime.configuration import changed_settings, check_configuration, find_llama_server, is_lenient
 from gateway.runtime.links import connect_parts, forget, make_gauges, ticking, watch_books
-from gateway.runtime.makers import books_of, grammars_of, owner_maker, queue_of, shared_limits
+from gateway.runtime.makers import books_of, grammars_of, owner_maker, queue_of, shared_limits, shared_usage
 from gateway.settings import Settings
 from gateway.state import Board, ServiceState, publishing
 from gateway.stores.keys import KeyRing
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from gateway.stores.books import Books
     from gateway.stores.grammars import Grammars
     from gateway.stores.redis_limits import SharedLimits
+    from gateway.stores.redis_usage import SharedUsage
 
 
 log = logging.getLogger("corral.runtime")
@@ -67,6 +68,7 @@ class Runtime:
     make_queue: Callable[[ModelSpec], Queue]
     ticks: list[Callable[[float], Any]]  # called with the loop's time, each TICK_SECONDS
     grammars: Grammars
+    shared_usage: SharedUsage | None = None  # where REDIS_URL is set
     _reloading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def accept(self) -> None:
@@ -214,6 +216,7 @@ async def open_runtime(
         runtime.ticks += [pinger.tick, runtime.manager.sweep, lambda _: metrics.log_errors.set(logs.errors)]
         connect_parts(runtime)
         await stack.enter_async_context(caching(runtime))
+        runtime.shared_usage = await stack.enter_async_context(shared_usage(settings, accounts))
         await stack.enter_async_context(ticking(runtime.ticks, metrics))
         events.emit("startup", f"models: {', '.join(registry.specs)}")
         yield runtime

@@ -48,6 +48,8 @@ def connect_parts(runtime: Runtime) -> None:
     metrics.vram_budget.set_function(lambda: landlord.budget.in_all or 0)
     metrics.vram_used.set_function(lambda: landlord.used_bytes)
     metrics.tasks.set_function(lambda: len(asyncio.all_tasks(loop)))
+    if runtime.settings.nats_url is None:
+        metrics.registry.unregister(metrics.nats_up)  # a 0 would mean that NATS is away
     board.listen(model_changed)
     for model_id in board.models:
         model_changed(model_id)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from gateway.stores.books import Books
     from gateway.stores.grammars import Grammars
     from gateway.stores.redis_limits import SharedLimits
+    from gateway.stores.redis_usage import SharedUsage
 
 
 log = logging.getLogger("corral.runtime")
@@ -133,6 +134,19 @@ async def shared_limits(settings: Settings, metrics: Metrics) -> AsyncIterator[S
     from gateway.stores.redis_limits import Told, sharing  # only who has a Redis pays for it
 
     async with sharing(settings.redis_url, Told(metrics.redis_up.set, metrics.limits_alone.inc)) as shared:
+        yield shared
+
+
+@contextlib.asynccontextmanager
+async def shared_usage(settings: Settings, accounts: Accounts) -> AsyncIterator[SharedUsage | None]:
+    """Raises ConfigError for a wrong REDIS_URL."""
+    if not settings.redis_url:
+        yield None
+        return
+    from gateway.stores.redis_usage import sharing_usage
+
+    async with sharing_usage(settings.redis_url) as shared:
+        accounts.listen(shared.add)
         yield shared
 
 

@@ -11,12 +11,13 @@ from enum import IntEnum
 from itertools import islice
 from typing import Protocol
 
-from gateway.errors import (
-    ConcurrencyExceeded,
-    InsufficientQuota,
-    RateLimitExceeded,
-    TokensExceeded,
-    TooManyRequests,
+from gateway.errors import TooManyRequests
+from gateway.overuse import (
+    never_so_many_tokens,
+    out_of_quota,
+    too_many_at_once,
+    too_many_requests,
+    too_many_tokens,
 )
 
 WINDOW_SECONDS = 60.0
@@ -77,34 +78,16 @@ class Standing:
 
     def refusal(self, claim: Claim) -> TooManyRequests:
         """The error for a client whose request met `limit`."""
-        told = dict(self.headers(claim))
+        told = self.headers(claim)
         if self.limit is Limit.BUDGET:
-            return InsufficientQuota(
-                f"{claim.budget} tokens a day are allowed for this key, {self.used} are used, and this request may use "
-                f"{claim.tokens}; the next day begins at 00:00 UTC",
-                retry_after=self.wait,
-            )
+            return out_of_quota(claim.budget, claim.budget - self.used, claim.tokens, self.wait)
         if self.wait is None:
-            return TokensExceeded(
-                f"this request may use {claim.tokens} tokens, and {claim.tpm} a minute are allowed for this key: ask "
-                "for a shorter answer",
-                headers=told | {"x-should-retry": "false"},
-            )
-        told["retry-after-ms"] = str(math.ceil(self.wait * 1000))
-        error: type[TooManyRequests]
+            return never_so_many_tokens(claim.tpm, claim.tokens, told)
         if self.limit is Limit.REQUESTS:
-            error = RateLimitExceeded
-            text = f"{claim.rpm} requests a minute are allowed for this key; the next one passes in {self.wait:.1f} s"
-        elif self.limit is Limit.TOKENS:
-            error = TokensExceeded
-            text = (
-                f"{claim.tpm} tokens a minute are allowed for this key, and this request may use {claim.tokens}; it "
-                f"passes in {self.wait:.1f} s"
-            )
-        else:
-            error = ConcurrencyExceeded
-            text = f"{claim.concurrency} requests at once are allowed for this key, and as many run"
-        return error(text, retry_after=self.wait, headers=told)
+            return too_many_requests(claim.rpm, self.wait, told)
+        if self.limit is Limit.TOKENS:
+            return too_many_tokens(claim.tpm, claim.tokens, self.wait, told)
+        return too_many_at_once(claim.concurrency, self.wait, told)
 
 
 @dataclass(slots=True, eq=False)

@@ -13,7 +13,9 @@ import re
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -23,6 +25,7 @@ NAME = re.compile(r"(?!.*\.gbnf\Z)[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 _VERSION = re.compile(r"([1-9]\d{0,8})\.gbnf", re.ASCII)
 _ABOUT = "about.json"
 
+Moment = Annotated[datetime, msgspec.Meta(tz=True)]
 Signature = frozenset[tuple[str, int, int, int]]
 
 
@@ -30,16 +33,16 @@ class Passed(msgspec.Struct, frozen=True):
     """That a text was found good, and by which parser."""
 
     sha256: str
-    created: float  # unix seconds
+    created: Moment
     parser: str | None = None
 
 
 class About(msgspec.Struct, frozen=True):
-    """What a grammar's own files do not say. Times are unix seconds."""
+    """What a grammar's own files do not say."""
 
     description: str = ""
-    created: float | None = None
-    deleted: float | None = None
+    created: Moment | None = None
+    deleted: Moment | None = None
     last: int = 0  # the highest number that was ever given: none is given twice
     versions: dict[int, Passed] = {}
 
@@ -48,7 +51,7 @@ class About(msgspec.Struct, frozen=True):
 class Version:
     number: int
     text: str
-    created: float  # unix seconds
+    created: datetime
     path: Path
     sha256: str
     tested: Passed | None  # None: a person put it there, or changed it
@@ -148,7 +151,7 @@ def write_about(folder: Path, name: str, about: About) -> None:
         temporary.replace(place / _ABOUT)
 
 
-def remove(folder: Path, grammar: Grammar, number: int | None, now: float) -> None:
+def remove(folder: Path, grammar: Grammar, number: int | None, now: datetime) -> None:
     """One version, or all. What stays behind is the highest number, so that `name@3` never becomes another text.
 
     Raises OSError.
@@ -226,7 +229,8 @@ def _version(number: int, path: Path, about: About, reading: Reading) -> Version
     tested = about.versions.get(number)
     if tested is not None and tested.sha256 != sha256:
         tested = None
-    return Version(number, text, tested.created if tested else seen.st_mtime, path, sha256, tested)
+    created = tested.created if tested else datetime.fromtimestamp(seen.st_mtime, UTC)
+    return Version(number, text, created, path, sha256, tested)
 
 
 def _folders(folder: Path) -> list[Path]:

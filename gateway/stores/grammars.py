@@ -12,6 +12,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,7 +35,7 @@ T = TypeVar("T")
 class Grammars:
     """Made by `open_grammars`. Belongs to the event loop's thread."""
 
-    def __init__(self, folder: Path, judge: Judge, now: Callable[[], float] = time.time) -> None:
+    def __init__(self, folder: Path, judge: Judge, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self._folder, self._now = folder, now
         self._verdicts = Verdicts(judge)
         self._reading = Reading()

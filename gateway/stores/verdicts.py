@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from datetime import datetime
 from typing import Protocol
 
 from gateway.errors import BadRequest, CorralError
@@ -55,7 +56,7 @@ class Verdicts:
         tried_at = self._unknown[sha256][0] if sha256 in self._unknown else None
         return identity not in judges and (tried_at is None or self._clock() - tried_at >= RETRY_SECONDS)
 
-    async def accept(self, text: str, sha256: str, created: float) -> Passed:
+    async def accept(self, text: str, sha256: str, created: datetime) -> Passed:
         """Raises BadRequest, CorralError."""
         await self.judge.test(text)
         identity = self.judge.identity()

@@ -72,7 +72,7 @@ def kind_of(error: CorralError) -> Kind:
 def pause_before_next(kind: Kind, error: CorralError, failures: int) -> float:
     """Seconds until the job is delivered again; `failures` with this one."""
     if kind is Kind.FAILED:
-        return max(error.retry_after or 0.0, _PAUSES[min(failures, len(_PAUSES)) - 1])
+        return _PAUSES[min(failures, len(_PAUSES)) - 1]
     if error.code in ("shutting_down", "model_not_found"):
         return 0.0  # for another worker, at once
     return error.retry_after or _PATIENCE

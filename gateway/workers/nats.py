@@ -16,7 +16,6 @@ from collections.abc import AsyncIterator, Coroutine, Iterator
 
 import msgspec
 from nats.aio.msg import Msg
-from nats.aio.subscription import Subscription
 
 from gateway.environment import instance_name
 from gateway.models.subjects import collisions, subject_name
@@ -26,7 +25,7 @@ from gateway.stores.keyfile import Key
 from gateway.workers.nats_cancel import Cancels
 from gateway.workers.nats_job import Delivery, InHand
 from gateway.workers.nats_layout import CANCEL_SUBJECT, REQUEST_SUBJECT, ensure_consumer, lay_out
-from gateway.workers.nats_link import Away, Link, reaching, servers_of
+from gateway.workers.nats_link import Away, Link, servers_of
 from gateway.workers.nats_pull import Puller, Room
 from gateway.workers.nats_replies import Replies
 from gateway.workers.nats_store import Store
@@ -66,14 +65,15 @@ class Worker:
     def __init__(self, runtime: Runtime, servers: list[str]) -> None:
         self._runtime = runtime
         self.name = f"{instance_name()}-{os.getpid()}"
-        self.link = Link(servers, runtime.settings.nats_creds_file, f"corral {self.name}", self._ready)
+        self.link = Link(
+            servers, runtime.settings.nats_creds_file, f"corral {self.name}", self._ready, runtime.metrics.nats_up.set
+        )
         self._store: Store | None = None
-        self._inbox = ""
-        self._incoming: Subscription | None = None
         self._cancels = Cancels(self.link)
         self._replies = Replies()
         self._models: dict[str, _Model] = {}  # by the name in subjects
         self._registry: object = None
+        self._hands: set[InHand] = set()  # of models that are not configured any more, too
         self._tasks: set[asyncio.Task[None]] = set()
         self._warned: set[str] = set()
         self._ending = False
@@ -88,7 +88,8 @@ class Worker:
             reply_of=self._replies.take,
             unwanted=self._cancels.unwanted,
             ending=lambda: self._ending or self._draining,
-            slow_down=lambda model, seconds: self._models[subject_name(model)].wait(seconds),
+            count=lambda result: runtime.metrics.nats_jobs.labels(result).inc(),
+            slow_down=self._slow_down,
         )
 
     # --- its life
@@ -109,9 +110,8 @@ class Worker:
         """Cut what still runs, and say the last word on everything in hand."""
         self._ending = True
         self._take_no_more()
-        for model in self._models.values():
-            for hand in model.in_hand:
-                hand.stop()
+        for hand in self._hands:
+            hand.stop()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=END_SECONDS if self.link.up.is_set() else 0.1)
         for task in self._tasks:
@@ -121,11 +121,8 @@ class Worker:
     async def _ready(self) -> None:
         """There is a new connection."""
         self._store = Store(await lay_out(self.link.js, self._warn))
-        inbox = self.link.new_inbox()
-        self._incoming = await self.link.subscribe(f"{inbox}.>", self._came)
         await self.link.subscribe(f"{CANCEL_SUBJECT}>", self._cancel)
         await self.link.subscribe(f"{REQUEST_SUBJECT}*", self._replies.heard)
-        self._inbox = inbox
         await self._cancels.learn()
         for model in self._models.values():
             model.puller.renew()
@@ -163,14 +160,14 @@ class Worker:
         for model_id in registry.specs:
             names.setdefault(subject_name(model_id), model_id)
         for name in self._models.keys() - names.keys():
-            self._models.pop(name).stop()
+            self._stop(self._models.pop(name))
         for name, model_id in names.items():
             model = self._models.get(name)
             if model is None or model.id != model_id:
                 if model is not None:
-                    model.stop()
+                    self._stop(model)
                 self._models[name] = model = _Model(self, model_id, name)
-                model.start()
+                model.task = asyncio.create_task(model.puller.run(), name=f"jobs of {name}")
 
     def _board_changed(self, model_id: str | None) -> None:
         if model_id is None and self._draining:
@@ -180,44 +177,36 @@ class Worker:
     def _take_no_more(self) -> None:
         """What NATS has sent already still comes, and is given back at once."""
         for model in self._models.values():
-            model.stop()
-        incoming, self._incoming = self._incoming, None
-        if incoming is not None and self.link.up.is_set():
-            self._spawn(self._until_drained(incoming), "NATS: no more jobs")
+            self._stop(model)
 
-    async def _until_drained(self, incoming: Subscription) -> None:
-        with contextlib.suppress(Away), reaching():
-            await incoming.drain()  # type: ignore[no-untyped-call]
+    def _stop(self, model: _Model) -> None:
+        if model.task is not None:
+            model.task.cancel()
+            self.spawn(model.puller.leave(), f"no more jobs of {model.name}")
 
     # --- jobs
-
-    async def _came(self, message: Msg) -> None:
-        """A job has its own subject; only what is said of a request comes under ours."""
-        name, _, number = message.subject.removeprefix(f"{self._inbox}.").partition(".")
-        if message.subject.startswith(REQUEST_SUBJECT):
-            model = self._models.get(message.subject.removeprefix(REQUEST_SUBJECT))
-            if model is not None:
-                model.puller.came(message)
-        elif name in self._models:
-            self._models[name].puller.told(number, (message.headers or {}).get("Status", ""))
 
     async def _cancel(self, message: Msg) -> None:
         req_id = message.subject.removeprefix(CANCEL_SUBJECT)
         self._cancels.add(req_id, time.time())
-        for model in self._models.values():
-            for hand in model.in_hand:
-                if hand.req_id == req_id and not hand.cancelled:
-                    hand.cancelled = True
-                    hand.stop()
+        for hand in self._hands:
+            if hand.req_id == req_id and not hand.cancelled:
+                hand.cancelled = True
+                hand.stop()
 
     def take(self, model: _Model, message: Msg) -> None:
         """A job was delivered."""
         delivery = Delivery.of(message)
         hand = InHand(delivery, model.id, delivery.fallback_id)
+        queue = self._runtime.queues.get(model.id)
+        # HTTP may have taken the places since this job was asked for
+        full = queue is not None and queue.active >= queue.capacity
+        hand.crowded = full and any(not other.placed for other in model.in_hand)
         model.in_hand.add(hand)
-        self._spawn(self._work(model, hand), f"delivery {delivery.fallback_id}")
+        self._hands.add(hand)
+        self.spawn(self._work(model, hand), f"delivery {delivery.fallback_id}")
 
-    def _spawn(self, work: Coroutine[object, object, None], name: str) -> None:
+    def spawn(self, work: Coroutine[object, object, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -231,6 +220,7 @@ class Worker:
             log.exception("a job broke off; it will be delivered again", extra={"request_id": hand.req_id})
         finally:
             model.in_hand.discard(hand)
+            self._hands.discard(hand)
             model.puller.look()
 
     def room(self, model: _Model) -> Room:
@@ -251,6 +241,11 @@ class Worker:
         model.polite_until = now + POLITE_SECONDS  # one job may wait here, so that HTTP alone does not get all places
         return Room(1, patient=False)
 
+    def _slow_down(self, model_id: str, seconds: float) -> None:
+        model = self._models.get(subject_name(model_id))
+        if model is not None:
+            model.wait(seconds)
+
     def _key(self) -> Key | None:
         key_id = self._runtime.settings.nats_key_id
         if key_id is None:
@@ -269,22 +264,29 @@ class Worker:
         while True:
             waits = [model.puller.ack_wait for model in self._models.values()]
             await asyncio.sleep(min(waits, default=30.0) / 3)
-            for model in list(self._models.values()):
-                for hand in list(model.in_hand):
-                    with contextlib.suppress(Away):
-                        await self.link.publish(hand.delivery.ack, b"+WPI")
+            for hand in list(self._hands):
+                with contextlib.suppress(Away):
+                    await self.link.publish(hand.delivery.ack, b"+WPI")
 
     async def tell_health(self) -> None:
         """At each change of a state, and each HEALTH_SECONDS."""
+        told: dict[str, object] = {}
+        due = 0.0
         while True:
             await self.link.up.wait()
             self._health.clear()
-            for model in list(self._models.values()):
-                with contextlib.suppress(Away):
-                    await self.link.publish(f"models.{model.name}.health", msgspec.json.encode(self._health_of(model)))
+            now = time.monotonic()
+            all_of_them, due = (True, now + HEALTH_SECONDS) if now >= due else (False, due)
+            for name, model in list(self._models.items()):
+                health = self._health_of(model)
+                states = (health["status"], health["service"])
+                if all_of_them or told.get(name) != states:
+                    with contextlib.suppress(Away):
+                        await self.link.publish(f"models.{name}.health", msgspec.json.encode(health))
+                        told[name] = states
             await asyncio.sleep(0.1)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(HEALTH_SECONDS):
+                async with asyncio.timeout(max(0.0, due - time.monotonic())):
                     await self._health.wait()
 
     def _health_of(self, model: _Model) -> dict[str, object]:
@@ -309,8 +311,7 @@ class _Model:
         self.id, self.name = model_id, name
         self.in_hand: set[InHand] = set()
         self.waits_until = self.polite_until = 0.0  # on the monotonic clock
-        self._worker = worker
-        self._task: asyncio.Task[None] | None = None
+        self.task: asyncio.Task[None] | None = None
         self.puller = Puller(
             worker.link,
             name,
@@ -321,11 +322,3 @@ class _Model:
 
     def wait(self, seconds: float) -> None:
         self.waits_until = max(self.waits_until, time.monotonic() + seconds)
-
-    def start(self) -> None:
-        self._task = asyncio.create_task(self.puller.run(lambda: self._worker._inbox), name=f"jobs of {self.name}")
-
-    def stop(self) -> None:
-        """Ask for no more."""
-        if self._task is not None:
-            self._task.cancel()

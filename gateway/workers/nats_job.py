@@ -60,6 +60,7 @@ class InHand:
     reply_to: str | None = None
     call: Call | None = None
     run: asyncio.Task[bytes] | None = None
+    crowded: bool = False  # another job waits here already, and another worker may have a place
     cut: bool = False
     cancelled: bool = False  # by whom it belongs to
     begun_at: float = field(default_factory=time.monotonic)

@@ -58,10 +58,17 @@ def servers_of(urls: str) -> list[str]:
 class Link:
     """`ready` is awaited for each new connection, before `up` is set; it may raise Away, and is then tried again."""
 
-    def __init__(self, servers: list[str], creds: Path | None, name: str, ready: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        servers: list[str],
+        creds: Path | None,
+        name: str,
+        ready: Callable[[], Awaitable[None]],
+        is_up: Callable[[int], object] = lambda _: None,
+    ) -> None:
         self.up = asyncio.Event()
         self.problem: str | None = "not connected yet"
-        self._servers, self._creds, self._name, self._ready = servers, creds, name, ready
+        self._servers, self._creds, self._name, self._ready, self._is_up = servers, creds, name, ready, is_up
         self._leaving = False
         self._client = Client()
         self._js: JetStreamContext | None = None
@@ -136,12 +143,14 @@ class Link:
                     pause = RETRY_SECONDS
                     self._tell(None)
                     self.up.set()
+                    self._is_up(1)
                     await over.wait()
                     self._tell("the connection is lost")
             except Away as error:
                 self._tell(str(error))
             finally:
                 self.up.clear()
+                self._is_up(0)
                 with contextlib.suppress(Exception):  # in whatever state it is, nothing more is expected of it
                     async with asyncio.timeout(CLOSE_SECONDS):
                         await client.close()

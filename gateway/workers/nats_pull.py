@@ -10,9 +10,10 @@ from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 
 from gateway.workers.nats_layout import ACK_WAIT, JOBS
-from gateway.workers.nats_link import RETRY_SECONDS, Away, Link
+from gateway.workers.nats_link import RETRY_SECONDS, Away, Link, reaching
 
 log = logging.getLogger("corral.nats")
 
@@ -49,6 +50,8 @@ class Puller:
         self._news = asyncio.Event()
         self._sound = False  # the consumer is there, as far as we know
         self._problem: str | None = None
+        self._inbox = ""  # requests are answered to <inbox>.<number>
+        self._incoming: Subscription | None = None
 
     def look(self) -> None:
         """There may be room again."""
@@ -57,11 +60,11 @@ class Puller:
 
     def renew(self) -> None:
         """The connection is a new one: nothing that was asked for on the old one will come."""
-        self._expected, self._sound = 0, False
+        self._expected, self._sound, self._incoming = 0, False, None
         self._news.set()
 
-    async def run(self, inbox: Callable[[], str]) -> None:
-        """Until cancelled. Answers come to `inbox()`.<name>.<number>, and are handed to `came` and `told`."""
+    async def run(self) -> None:
+        """Until cancelled; `leave` is to be awaited then."""
         while True:
             await self._link.up.wait()
             try:
@@ -69,7 +72,7 @@ class Puller:
                     await self._mend()
                 room = self._room()
                 if room.jobs > 0:
-                    await self._ask(room, inbox())
+                    await self._ask(room)
                 self._problem = None
             except Away as error:
                 if str(error) != self._problem:
@@ -82,36 +85,47 @@ class Puller:
             if self._expected and not self._news.is_set():
                 self._expected = 0  # the end of the request was lost on the way
 
-    def came(self, message: Msg) -> None:
-        """A job. Which request it answers is not told; there is no other one as a rule."""
-        if self._expected:
-            self._expected -= 1
-            if not self._expected:
-                self._news.set()
-        self._deliver(message)
+    async def leave(self) -> None:
+        """Whatever the server has sent already still comes."""
+        incoming, self._incoming = self._incoming, None
+        if incoming is not None and self._link.up.is_set():
+            with contextlib.suppress(Away), reaching():
+                await incoming.drain()  # type: ignore[no-untyped-call]
 
-    def told(self, number: str, status: str) -> None:
-        """No job, but what became of a request."""
-        if number == str(self._number) and status != "100":
-            self._expected = 0
-            if status in _NOTHING_CAME:
-                self._news.set()
-            else:  # the consumer may be gone
-                self._sound = False
-                asyncio.get_running_loop().call_later(RETRY_SECONDS, self._news.set)
+    async def _came(self, message: Msg) -> None:
+        """A job has its own subject; only what is said of a request comes under ours."""
+        if not message.subject.startswith(self._inbox):
+            if self._expected:
+                self._expected -= 1
+                if not self._expected:
+                    self._news.set()
+            self._deliver(message)
+            return
+        status = (message.headers or {}).get("Status", "")
+        if message.subject != f"{self._inbox}.{self._number}" or status == "100":
+            return
+        self._expected = 0
+        if status in _NOTHING_CAME:
+            self._news.set()
+        else:  # the consumer may be gone
+            self._sound = False
+            asyncio.get_running_loop().call_later(RETRY_SECONDS, self._news.set)
 
     async def _mend(self) -> None:
         self.ack_wait = await self._lay_out(self._name)
+        if self._incoming is None:
+            self._inbox = self._link.new_inbox()
+            self._incoming = await self._link.subscribe(f"{self._inbox}.*", self._came)
         self._sound = True
 
-    async def _ask(self, room: Room, inbox: str) -> None:
+    async def _ask(self, room: Room) -> None:
         self._number += 1
         self._expected = room.jobs
         self._news.clear()
         about: dict[str, object] = {"batch": room.jobs}
         about |= {"expires": int(OPEN_SECONDS * 1e9)} if room.patient else {"no_wait": True}
         subject = f"$JS.API.CONSUMER.MSG.NEXT.{JOBS}.{self._name}"
-        await self._link.publish(subject, json.dumps(about).encode(), reply=f"{inbox}.{self._name}.{self._number}")
+        await self._link.publish(subject, json.dumps(about).encode(), reply=f"{self._inbox}.{self._number}")
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from gateway.errors import BackendError, CorralError, PayloadTooLarge, ShuttingDown
+from gateway.errors import BackendError, CorralError, PayloadTooLarge, QueueFull, ShuttingDown
 from gateway.pipeline.call import Call
 from gateway.pipeline.events import collected, events_of
 from gateway.pipeline.plain import Text, plain_answer, plain_failure, plain_token, told_in
@@ -34,6 +34,8 @@ from gateway.workers.nats_layout import DEAD_SUBJECT, REQUEST_SUBJECT
 from gateway.workers.nats_link import Away, Link
 from gateway.workers.nats_store import Store, answer_key
 
+CROWDED_SECONDS = 0.2
+
 
 @dataclass(frozen=True)
 class Means:
@@ -47,6 +49,7 @@ class Means:
     reply_of: Callable[[str, bytes], str | None]  # for a job that names no subject for its answer
     unwanted: Callable[[str, float], bool]  # was a job cancelled, by its id, that was published then?
     ending: Callable[[], bool]  # the service ends, and what still runs is cut
+    count: Callable[[str], None]  # how a delivery ended
     slow_down: Callable[[str, float], None]  # take no more jobs of a model for so many seconds
 
 
@@ -69,6 +72,8 @@ class Work:
             return await self._give_up(attempts, reason)
         if means.ending():
             return await self._after(attempts, ShuttingDown("the service is shutting down"))
+        if self._hand.crowded:
+            return await self._after(attempts, QueueFull("all places are taken", retry_after=CROWDED_SECONDS))
         try:
             body, key = await self._answered()
         except CorralError as error:
@@ -76,6 +81,7 @@ class Work:
         kept = await self._surely(lambda: means.store().keep_answer(key, body))
         await self._send(kept)
         await self._say(b"+ACK")
+        means.count("answered")
 
     def _names(self) -> tuple[str, str | None]:
         """The job's id and where its answer goes, also of a job that cannot be used otherwise."""
@@ -151,6 +157,7 @@ class Work:
         if kind is Kind.FINAL:
             return await self._end(replace(attempts, answer=self._failure(error)))
         attempts = attempts.gave_back() if kind is Kind.RETURNED else attempts.failed(error, means.worker, time.time())
+        means.count(kind)
         pause = pause_before_next(kind, error, len(attempts.failures))
         if kind is Kind.FAILED and len(attempts.failures) >= MOST_FAILURES:
             return await self._give_up(attempts, why_failed(attempts), error)
@@ -171,6 +178,7 @@ class Work:
             await self._bury(attempts, attempts.dead)
         await self._send(attempts.answer.encode())
         await self._say(b"+TERM")
+        self._means.count("refused" if attempts.dead is None else "dead")
 
     async def _bury(self, attempts: Attempts, reason: str) -> None:
         hand, delivery, link = self._hand, self._hand.delivery, self._means.link

@@ -184,6 +184,16 @@ def test_anthropics_client_gets_a_message_held_to_a_grammar(gateway: Gateway) ->
             client.messages.create(**asked, tools=[{"name": "f", "input_schema": {}}], extra_body={"grammar": "only"})
 
 
+def test_the_plain_forms_too(gateway: Gateway) -> None:
+    told = gateway.request(
+        "POST", "/infer", {"prompt": "hi", "stream": False, "grammar": "only", "max_tokens": 50}
+    ).json()
+    assert OBEYED.fullmatch(told["content"])
+    told = gateway.request("POST", "/v1/completions", {"input": "hi", "params": {"grammar": "only@1"}}).json()
+    assert told["text"] == "first"
+    assert gateway.request("POST", "/infer", {"prompt": "hi", "grammar": "nope"}).status == 404
+
+
 def test_beside_tools_it_is_refused(gateway: Gateway) -> None:
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
     reply = gateway.chat(grammar="only", tools=tools)

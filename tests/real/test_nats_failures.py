@@ -8,12 +8,11 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import nats
 import pytest
 
 from tests.fake_llama import install
 from tests.house import ADMIN, running_gateway
-from tests.nats_kit import NatsServer, Office, impatient, office, running_nats, running_worker, until, until_async
+from tests.nats_kit import NatsServer, impatient, office, running_nats, running_worker, until, until_async
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(30)]
 
@@ -33,9 +32,9 @@ async def test_nats_away_at_the_start_and_again_later(server: NatsServer, tmp_pa
         assert gateway.chat().status == 200
         server.start()
         async with office(server) as here:
-            await wait_for_stream(here)
             assert (await here.ask("tiny", "first", input="hi", params=SHORT))["tokens_out"] == 5
             server.kill()
+            await until(lambda: not here.client.is_connected)
             for _ in range(5):
                 assert gateway.chat().status == 200
             server.start()
@@ -102,7 +101,6 @@ async def test_a_model_that_cannot_be_loaded(server: NatsServer, tmp_path: Path)
     about = {"MODEL_PATH": str(broken), "NATS_URL": server.url}
     with running_gateway(tmp_path / "gateway", about, ready=False):
         async with office(server) as here:
-            await wait_for_stream(here)
             await here.send("broken", {"req_id": "hopeless", "input": "hi"})
             answer = await here.answer("hopeless", 28)
             assert answer["error"]["code"] in ("model_failed", "backend_error")
@@ -114,8 +112,7 @@ async def test_a_job_over_a_limit_waits_and_is_answered(server: NatsServer, tmp_
     keys = tmp_path / "keys.txt"
     keys.write_text("batch:sk-batch-0123456789abcdefghij concurrency=1\n")
     keys.chmod(0o600)
-    about = {"MODEL_PATH": str(chat_model), "NATS_URL": server.url, "NATS_KEY_ID": "batch"}
-    with running_worker(tmp_path / "worker", server, chat_model, **about, AUTH_KEYS_FILE=str(keys)):
+    with running_worker(tmp_path / "worker", server, chat_model, NATS_KEY_ID="batch", AUTH_KEYS_FILE=str(keys)):
         async with office(server) as here:
             for number in range(6):
                 await here.send("tiny", {"req_id": f"job {number}", "input": "hi", "params": {"max_tokens": 400}})
@@ -136,14 +133,15 @@ async def test_cancelled_while_it_runs_and_while_it_waits(server: NatsServer, tm
                 assert (await here.answer(name))["error"]["code"] == "cancelled"
             await until(lambda: gateway.slots_busy() == 0)
             await until_async(here.pending, 0)
-            again = await here.ask("slow", "waits.there", input="hi", params=SHORT)
+            await here.send("slow", {"req_id": "waits.there", "input": "hi", "params": SHORT})
+            again = await here.answer("waits.there", number=2)
             assert again["tokens_out"] == 5, "a new job under that id"
 
 
 async def test_cancelled_before_any_worker_was_there(server: NatsServer, tmp_path: Path, chat_model: Path) -> None:
-    with running_worker(tmp_path / "first", server, chat_model):
-        pass  # it made the streams
     async with office(server) as here:
+        with running_worker(tmp_path / "first", server, chat_model):
+            await here.ask("tiny", "first", input="hi", params=SHORT)
         await here.send("tiny", {"req_id": "never", "input": "hi", "params": LONG})
         await here.client.jetstream().publish("inference.cancel.never", b"")
         with running_worker(tmp_path / "second", server, chat_model):
@@ -242,12 +240,27 @@ def test_what_a_worker_cannot_start_with(
     assert problem in worker.stderr and "Traceback" not in worker.stderr
 
 
-async def wait_for_stream(here: Office) -> None:
-    async def there() -> bool:
-        try:
-            await here.client.jetstream().consumer_info("INFERENCE", "nobody")
-        except nats.js.errors.NotFoundError as error:
-            return "consumer" in str(error)
-        return False
+async def test_http_that_keeps_all_places_busy_does_not_starve_jobs(
+    server: NatsServer, tmp_path: Path, chat_model: Path
+) -> None:
+    about = {"MODEL_PATH": str(chat_model), "NATS_URL": server.url, "PARALLEL": "1"}
+    with running_gateway(tmp_path / "gateway", about) as gateway:
+        async with office(server) as here:
+            await here.ask("tiny", "first", input="hi", params=SHORT)
+            over = False
 
-    await until_async(there, True)
+            def press() -> int:
+                answered = 0
+                while not over:
+                    answered += gateway.chat(max_tokens=300).status == 200
+                return answered
+
+            crowd = [asyncio.create_task(asyncio.to_thread(press)) for _ in range(6)]
+            try:
+                await until(lambda: gateway.get("/v1/queue/stats").json()["summary"]["total_queued"] > 2)
+                for number in range(3):
+                    answer = await here.ask("tiny", f"beside {number}", input="hi", params=SHORT)
+                    assert answer["tokens_out"] == 5
+            finally:
+                over = True
+            assert sum(await asyncio.gather(*crowd)) > 10

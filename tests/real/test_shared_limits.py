@@ -77,3 +77,18 @@ def test_redis_dies_in_the_middle(tmp_path: Path, chat_model: Path, redis_server
         for gateway in gateways:
             eventually(partial(is_up, gateway), 20)
         assert before["200"] + during["200"] + ask(gateways, 40)["200"] <= 2 * LIMIT, "what was let in alone counts"
+
+
+def test_usage_is_that_of_both(tmp_path: Path, chat_model: Path, redis_server: RedisServer) -> None:
+    with two(tmp_path, chat_model, redis_server) as gateways:
+        assert ask(gateways, 6) == {"200": 6}
+
+        def told(gateway: Gateway) -> bool:
+            usage = gateway.get("/v1/usage").json()
+            return usage["gateways"] == "all" and usage["total"]["requests"] == 6 == usage["total"]["tokens_out"]
+
+        for gateway in gateways:
+            eventually(partial(told, gateway))
+        redis_server.kill()
+        alone = gateways[0].get("/v1/usage").json()
+        assert (alone["gateways"], alone["total"]["requests"]) == ("this one", 3)

@@ -45,15 +45,20 @@ def leave(
     """A client that goes when it has read so much, or at some moment before it reads."""
     connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=8)
     headers = {"Authorization": f"Bearer {USER}", "Content-Type": "application/json", "x-request-id": name}
-    connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
-    if when is not None:
-        eventually(when)
-    else:
-        reply, seen = connection.getresponse(), b""
-        while after not in seen:
-            seen += reply.read1()
-        reply.close()
-    connection.close()
+    with contextlib.closing(connection):
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+        if when is not None:
+            eventually(when)
+            return
+        with contextlib.closing(connection.getresponse()) as reply:
+            seen = b""
+            while after not in seen:
+                seen += reply.read1()
+
+
+def taken(gateway: Gateway) -> int:
+    """Places."""
+    return int(gateway.get("/v1/queue/stats").json()["summary"]["total_processing"])
 
 
 # Telemetry
@@ -261,9 +266,11 @@ def test_a_level_that_does_not_exist(gateway: Gateway) -> None:
 
 
 def test_a_client_that_left_in_the_prefill_had_the_model(tmp_path: Path, slow_model: Path) -> None:
-    with running_gateway(tmp_path, MODEL_PATH=str(slow_model), PARALLEL="1", EXTRA_ARGS="-b 256") as gateway:
-        long = CHAT | {"messages": [{"role": "user", "content": "a b c d " * 700}], "stream": True}
-        leave(gateway, long, "prefill", when=lambda: gateway.slots_busy() == 1)
+    with running_gateway(
+        tmp_path, MODEL_PATH=str(slow_model), CTX="16384", PARALLEL="1", EXTRA_ARGS="-b 256"
+    ) as gateway:
+        long = CHAT | {"messages": [{"role": "user", "content": "a b c d " * 2000}], "stream": True}
+        leave(gateway, long, "prefill", when=lambda: taken(gateway) == 1)
         row = kept(gateway, "prefill")
         assert (row["status"], row["ttft_ms"]) == (499, None)
         used = gateway.get("/v1/usage", key=ADMIN).json()["total"]

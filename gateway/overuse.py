@@ -1,0 +1,46 @@
+"""What a client is told whose key has used what it may: the words and headers of every 429, wherever it is decided."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from gateway.errors import ConcurrencyExceeded, InsufficientQuota, RateLimitExceeded, TokensExceeded
+
+Headers = Iterable[tuple[str, str]]
+
+
+def too_many_requests(limit: int, wait: float, headers: Headers) -> RateLimitExceeded:
+    """`wait`, here and below: seconds until the request will pass."""
+    message = f"{limit} requests a minute are allowed for this key; the next one passes in {wait:.1f} s"
+    return RateLimitExceeded(message, retry_after=wait, headers=_with_wait(headers, wait))
+
+
+def too_many_tokens(limit: int, asked: int, wait: float, headers: Headers) -> TokensExceeded:
+    message = f"{limit} tokens a minute are allowed for this key, and this request may use {asked}; it passes in "
+    return TokensExceeded(f"{message}{wait:.1f} s", retry_after=wait, headers=_with_wait(headers, wait))
+
+
+def never_so_many_tokens(limit: int, asked: int, headers: Headers) -> TokensExceeded:
+    """It is larger than the limit by itself."""
+    return TokensExceeded(
+        f"this request may use {asked} tokens, and {limit} a minute are allowed for this key: ask for a shorter answer",
+        headers=dict(headers) | {"x-should-retry": "false"},
+    )
+
+
+def too_many_at_once(limit: int, wait: float, headers: Headers) -> ConcurrencyExceeded:
+    message = f"{limit} requests at once are allowed for this key, and as many run"
+    return ConcurrencyExceeded(message, retry_after=wait, headers=_with_wait(headers, wait))
+
+
+def out_of_quota(limit: int, left: int, asked: int, wait: float | None) -> InsufficientQuota:
+    return InsufficientQuota(
+        f"{limit} tokens a day are allowed for this key, {max(0, left)} are left, and this request may use {asked}; "
+        "the next day begins at 00:00 UTC",
+        retry_after=wait,
+    )
+
+
+def _with_wait(headers: Headers, wait: float) -> dict[str, str]:
+    return dict(headers) | {"retry-after-ms": str(math.ceil(wait * 1000))}
