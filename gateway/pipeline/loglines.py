@@ -45,13 +45,26 @@ def wishes(level: str | None, infer: bool, failed: bool) -> tuple[bool, bool]:
 class Line(logging.LogRecord):
     """A record's line in the log, put into words by the thread that writes it; a usual one costs ten times as much."""
 
+    name, levelno = log.name, logging.INFO  # what handlers look at; the rest is there when it is put into words
+
     def __init__(self, record: Record, now: float) -> None:
-        self.__dict__.update(_LINE)
         self.record = record
         self.created = now
-        self.request_id, self.key_id, self.model = record.request_id, record.key_id, record.model
+
+    @property
+    def request_id(self) -> str:
+        return self.record.request_id
+
+    @property
+    def key_id(self) -> str:
+        return self.record.key_id
+
+    @property
+    def model(self) -> str:
+        return self.record.model
 
     def getMessage(self) -> str:
+        self.__dict__ |= {name: value for name, value in _LINE.items() if name not in self.__dict__}
         record = self.record
         error = f", {record.error}" if record.error else ""
         return (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -38,8 +38,11 @@ class Vector:
     values: Sequence[float]
 
 
-# A text's vector within some seconds; None where it is not to be had.
-Embed = Callable[[str, float], Awaitable[Vector | None]]
+class Embed(Protocol):
+    async def __call__(self, text: str, seconds: float) -> Vector | None:
+        """A text's vector within so many seconds; None where it is not to be had."""
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,7 @@ class Meaning:
             task.cancel()
         if self._keeping:
             await asyncio.wait(self._keeping)
+        self._embed.close()
         await self._index.close()
 
 
@@ -157,6 +161,9 @@ class HerdEmbedder:
                 space = owner.started_as
         return Vector(f"{self._id} {space}", values) if values and space else None
 
+    def close(self) -> None:
+        return  # the model is the manager's
+
 
 class RemoteEmbedder:
     """A server by its address."""
@@ -172,6 +179,9 @@ class RemoteEmbedder:
             log.debug("no vector of %s: %s", self._backend, error)
             return None
         return Vector(self._backend.url, values) if values else None
+
+    def close(self) -> None:
+        self._backend.close()
 
 
 async def vector_of(backend: Backend, text: str) -> list[float] | None:

@@ -43,8 +43,8 @@ async def caching(runtime: Runtime) -> AsyncIterator[None]:
             cache.stamp = contents = Contents()
             stack.callback(contents.close)
         if settings.cache_embedding_model:
-            cache.meaning = _meaning(runtime, settings.cache_embedding_model)
-            stack.push_async_callback(cache.meaning.close)
+            cache.meaning = meaning = _meaning(runtime, settings.cache_embedding_model)
+            stack.push_async_callback(meaning.close)
         runtime.spine.cache = cache
         try:
             yield

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
+import json
 from collections.abc import Iterator
-from http.client import HTTPException
+from http.client import HTTPConnection
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.browser.kit import Scheme, Yard, off, settled, violations, visit
-from tests.house import ADMIN, ROOT, USER, eventually
+from tests.house import ADMIN, ROOT, USER, Gateway, eventually
 from tests.real.herd import rows
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(60), pytest.mark.xdist_group("browser")]
@@ -32,28 +31,26 @@ def busy(herd_yard: Yard) -> Iterator[Yard]:
     for number in range(10):
         model, key = ("alder", "birch")[number % 3 == 2], (USER, ADMIN)[number % 4 == 3]
         gateway.chat("the sea " * 20 * (number % 4 + 1), model=model, key=key, max_tokens=40 * (number % 5) + 20)
-    together = [ask(herd_yard, 60) for _ in range(3)]
+    together = [asked(gateway, 60) for _ in range(3)]
     for one in together:
-        one.join()
-    asking = [ask(herd_yard, 4000) for _ in range(2)]
+        one.getresponse().read()
+        one.close()
+    lasting = [asked(gateway, 4000) for _ in range(2)]
     gateway.request("POST", "/v1/models/load", {"model": "gated"}, key=ADMIN)
     eventually(lambda: (row := rows(gateway)["slow"])["inflight"] == 1 and row["queue_len"] == 1)
     yield herd_yard
+    for one in lasting:
+        one.close()
     herd_yard.open_gate()
-    while any(one.is_alive() for one in asking):  # the one that waited loads it again
-        off(gateway, "slow")
 
 
-def ask(yard: Yard, tokens: int) -> threading.Thread:
+def asked(gateway: Gateway, tokens: int) -> HTTPConnection:
+    """With a request on its way to the model that has one place."""
     body = {"model": "slow", "messages": [{"role": "user", "content": "go on"}], "max_tokens": tokens, "stream": True}
-
-    def run() -> None:
-        with contextlib.suppress(OSError, HTTPException):  # it may be cut off at the end
-            yard.gateway.request("POST", "/v1/chat/completions", body, seconds=60)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    return thread
+    connection = HTTPConnection("127.0.0.1", gateway.port, timeout=60)
+    headers = {"Authorization": f"Bearer {USER}", "Content-Type": "application/json"}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+    return connection
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -18,6 +18,7 @@ from scripts.make_model import make_model
 from tests.house import ADMIN, USER, Gateway, Response, eventually, running_gateway
 from tests.real.llama import running_llama
 from tests.real.scrape import Growth
+from tests.redis_kit import running_redis
 
 pytestmark = pytest.mark.real
 
@@ -365,3 +366,33 @@ def test_off_by_default(tmp_path: Path, chat_model: Path) -> None:
         assert stats(gateway)["enabled"] is False
         assert gateway.request("POST", "/v1/cache/clear", key=ADMIN).json() == {"cleared": 0}
         assert not list(gateway.data_dir.glob("*cache*"))
+
+
+# --- several gateways
+
+
+@pytest.mark.timeout(40)
+def test_gateways_share_answers_over_redis(tmp_path: Path, chat_model: Path) -> None:
+    """Each with a copy of the file, at another time and place; and when Redis is away, both go on without."""
+    with running_redis(tmp_path / "redis") as redis, contextlib.ExitStack() as stack:
+        gateways = []
+        for name in ("one", "two"):
+            copy = tmp_path / name / "tiny.gguf"
+            copy.parent.mkdir()
+            shutil.copy(chat_model, copy)
+            variables = {"MODEL_PATH": str(copy), "REDIS_URL": redis.url}
+            gateways.append(stack.enter_context(caching(tmp_path / name / "house", **variables)))
+        one, two = gateways
+        for gateway in gateways:  # until its file has been read, nothing can be said about it
+            eventually(lambda gateway=gateway: how(ask(gateway, "warm up")) is not None, 8)  # type: ignore[misc]
+        first = ask(one, "shared")
+        assert how(first) == "miss"
+        second = eventually(lambda: reply if how(reply := ask(two, "shared")) == "hit" else False, 5)
+        assert isinstance(second, Response)
+        assert second.body == first.body
+        assert how(ask(two, "shared", key=OTHER)) == "miss"
+        assert stats(two)["store"] == "redis"
+        assert one.request("POST", "/v1/cache/clear", key=ADMIN).json()["cleared"] >= 2
+        assert how(ask(two, "shared")) == "miss"
+        redis.stop()
+        assert {how(ask(two, "shared")) for _ in range(4)} == {"miss"}
