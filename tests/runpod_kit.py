@@ -37,6 +37,7 @@ class Platform:
         self.hold = threading.Event()  # cleared: RunPod is slow to take the parts of a stream
         self.hold.set()
         self.keys: set[str | None] = set()
+        self.away = False
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -102,6 +103,8 @@ class Platform:
                     with contextlib.suppress(queue.Empty):
                         stops.append(platform.stops.get(timeout=0.3))
                     self._answer({"jobsToStop": stops} if stops else None)
+                elif platform.away:
+                    self.send_error(502)
                 else:
                     batch = kind == "job-take-batch"
                     jobs = platform.take(int(asked["batch_size"][0]) if batch else 1)

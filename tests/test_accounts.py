@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,6 +17,8 @@ from gateway.pipeline.loglines import FullLine, Line, parameters, wishes
 from gateway.stores.audit import Detail
 from gateway.stores.keyfile import Key
 from tests.books_kit import record
+from tests.hot_path_kit import client, house, request
+from tests.house import USER
 
 ROUTE = Route("/v1/chat/completions", "/v1/chat/completions", Dialect.CHAT)
 
@@ -191,6 +194,20 @@ def test_parameters_hold_no_prompt() -> None:
 
 
 # Strangers
+
+
+async def test_a_flood_of_strangers_is_not_written_down(tmp_path: Path) -> None:
+    async with house(tmp_path) as (runtime, port):
+        runtime.accounts.strangers = Trickle(2, 0.0)
+        seen = list[Record]()
+        runtime.accounts.listen(seen.append)
+        one = await client(port)
+        for key in ("x", "x", "x", USER):
+            one.transport.write(request(b"{", "x-api-key: other").replace(USER.encode(), key.encode()))
+        await one.until(b"HTTP/1.1 4", 4)
+        assert [(found.key_id, found.status) for found in seen] == [("", 401), ("", 401), ("user", 400)]
+        assert runtime.metrics.records_skipped.labels().value == 1
+        one.transport.close()
 
 
 @pytest.mark.parametrize(

@@ -164,10 +164,10 @@ def test_what_matters(fields: dict[str, Any]) -> None:
 
 def test_the_order_inside_a_schema_matters() -> None:
     """It is the order in which llama-server generates its fields."""
-    one, other = ({"a": {}, "b": {}}, {"b": {}, "a": {}})
+    orders: tuple[dict[str, Any], ...] = ({"a": {}, "b": {}}, {"b": {}, "a": {}})
     schemas = [
         key_of({**GREEDY, "response_format": {"type": "json_object", "schema": {"properties": order}}})
-        for order in (one, other)
+        for order in orders
     ]
     assert schemas[0] != schemas[1]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.admission.order import LONGEST_AGING
+from gateway.admission.order import AGING_BOUND
 from tests.simulation import Outcome, crowd, simulate, within
 
 
@@ -16,8 +16,8 @@ def check(outcome: Outcome, spread: float) -> None:
     assert (max(greedy) - min(greedy)) / max(greedy) <= spread
     double = [client.tokens for client in clients if client.weight == 2]
     assert sum(double) / len(double) == pytest.approx(2 * sum(greedy) / len(greedy), rel=0.05)
-    # When its age has come it needs its turn, which is one of a few hundred milliseconds' work in thirds of the places.
-    assert max(outcome.waits["low"]) <= LONGEST_AGING + 30
+    # When its age has come it needs its turn, and its key may have had more than others just before.
+    assert max(outcome.waits["low"]) <= AGING_BOUND
     assert sorted(outcome.waits["high"])[int(0.99 * len(outcome.waits["high"]))] < 1.0
     # Nobody can say of less than a second when one of sixteen places will be free; it is not worth a Retry-After.
     assert within(outcome.forecasts, 0.3, seconds=1.0) >= 0.8

@@ -61,8 +61,9 @@ def test_unknown_fields_pass_and_dangerous_ones_go() -> None:
 def test_one_canonical_bounded_field(
     dialect: Dialect, given: dict[str, object], default: int | None, most: int, left: dict[str, int]
 ) -> None:
-    fields = shielded(call(dialect, **given))
-    bound = bound_answer(fields, dialect, default=default, most=most)
+    asked = call(dialect, **given)
+    fields = shielded(asked)
+    bound = bound_answer(fields, dialect, asked.bound, default=default, most=most)
     got = {name: msgspec.json.decode(value) for name, value in fields.items() if name != "messages"}
     assert got == left
     assert bound == (next(iter(left.values())) if dialect.generates else 0)

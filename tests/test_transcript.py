@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gateway.pipeline import transcript
 from gateway.pipeline.dialects import Dialect
-from gateway.pipeline.transcript import Transcript, prompt_text
+from gateway.pipeline.transcript import Transcript, detail_of, prompt_text
 from tests import streams
 
 
@@ -133,6 +133,15 @@ def test_a_streamed_tool_call() -> None:
 
 def test_nothing_has_come() -> None:
     assert answer(Dialect.CHAT) is None
+
+
+def test_what_comes_when_it_is_over_is_not_kept() -> None:
+    seen = Transcript(Dialect.CHAT, {})
+    seen.see(streams.chat_chunk({"content": "yes"}))
+    detail = detail_of("hit", seen)
+    size = detail.size
+    seen.see(streams.chat_chunk({"content": " and no"}))
+    assert detail.response is seen and (detail.size, seen.text()) == (size, "yes")
 
 
 @pytest.mark.parametrize("body", [b"\xff\xfe", b'{"choices"', b"<html>"])

@@ -45,7 +45,9 @@ def test_by_day_key_and_model(path: Path) -> None:
         books.record(record(ts=FRIDAY + DAY))
         books.record(record(ts=FRIDAY + 2, model="llama", usage=Spent(1, 2, 0)))
         books.record(record(ts=FRIDAY + 3, key_id="bob"))
-        books.record(record(ts=FRIDAY + 4, key_id="bob", status=429, ttft_ms=None, model_ms=0.0, usage=NO_USAGE, model=""))
+        books.record(
+            record(ts=FRIDAY + 4, key_id="bob", status=429, ttft_ms=None, model_ms=0.0, usage=NO_USAGE, model="")
+        )
         books.record(record(ts=FRIDAY + 5, key_id="", status=401, ttft_ms=None, usage=NO_USAGE, model=""))
         every = ask(books, None, "2024-10-01", "2024-10-31")
         assert [(line.date, line.key, line.model) for line in every] == [

@@ -25,7 +25,8 @@ import heapq
 import math
 from collections import OrderedDict
 
-AGING_SECONDS = 30.0
+AGING_SECONDS = 15.0
+AGING_BOUND = 60.0  # the longest wait of a low one, as long as all low ones together ask for less than their third
 FORGIVE_SECONDS = 10.0
 HIGH, NORMAL, LOW = range(3)
 LEVELS = {"high": HIGH, "normal": NORMAL, "low": LOW}

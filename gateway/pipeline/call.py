@@ -55,6 +55,7 @@ class Call:
     size: int  # bytes of the body as it came
     stream: bool = False
     places: int = 1
+    bound: int | None = None  # tokens that the request allows one answer, where it says so; known once it is shielded
     priority: str = "normal"
     max_wait: float | None = None  # the client's own bound on waiting, seconds
     method: str = "POST"

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from gateway.admission.limits import Claim
-from gateway.pipeline.call import Call, Fields
-from gateway.pipeline.shield import asked_bound
+from gateway.pipeline.call import Call
 from gateway.settings import Settings
 
 BYTES_PER_TOKEN = 4  # of a prompt, on average and with JSON around it; what is wrong is put right when it is over
 USUAL_ANSWER_TOKENS = 1024  # of one that names no bound; it may take the whole context, and hardly any does
-_LEVELS = ("high", "normal", "low")
+_LEVELS = {"high": 0, "normal": 1, "low": 2}
 
 
-def expected_tokens(call: Call, fields: Fields, settings: Settings, ctx: int, counted: int | None = None) -> int:
+def expected_tokens(call: Call, settings: Settings, ctx: int, counted: int | None = None) -> int:
     """Prompt and answers; `ctx` is the model's context of one request, `counted` the prompt where it was tokenized."""
     context = ctx or settings.ctx
     prompt = call.size // BYTES_PER_TOKEN if counted is None else counted
-    prompt = min(prompt, context) if context else prompt
+    if context and prompt > context:
+        prompt = context
     if not call.route.dialect.generates:
         return prompt
-    asked = asked_bound(fields, call.route.dialect)
-    if asked is None:
-        asked = settings.max_tokens_default or USUAL_ANSWER_TOKENS
-    bounds = [asked, *(most for most in (settings.max_tokens_limit, context) if most)]
-    return prompt + min(bounds) * max(1, call.places)
+    answer = (settings.max_tokens_default or USUAL_ANSWER_TOKENS) if call.bound is None else call.bound
+    for most in (settings.max_tokens_limit, context):
+        if most and answer > most:
+            answer = most
+    return prompt + answer * (call.places or 1)
 
 
 def claim_of(call: Call, settings: Settings, tokens: int) -> Claim:
@@ -40,4 +40,5 @@ def claim_of(call: Call, settings: Settings, tokens: int) -> Claim:
 
 def priority_of(call: Call) -> str:
     """What the request asks for, but no higher than its key may."""
-    return max(call.priority, call.key.priority, key=_LEVELS.index)
+    wanted, most = call.priority, call.key.priority
+    return wanted if _LEVELS[wanted] >= _LEVELS[most] else most

@@ -100,7 +100,7 @@ class Spine:
             fields = media.fields
             owner, long = self._manager.owners[spec.id], call.size > COUNTED_BYTES
             counted = await count_prompt(call, fields, owner, self._settings) if long else None
-            tokens = expected_tokens(call, fields, self._settings, ctx, counted)
+            tokens = expected_tokens(call, self._settings, ctx, counted)
             seat = None if self.cache is None else await self.cache.seat(call, media, spec)
             claim, shared = claim_of(call, self._settings, tokens), self._shared
             if seat is not None:
@@ -214,7 +214,7 @@ class Spine:
             return _Upstream(call.raw)
         settings, dialect = self._settings, call.route.dialect
         most = min(settings.max_tokens_limit or ctx or 2**31 - 1, ctx or 2**31 - 1)
-        bound = bound_answer(fields, dialect, default=settings.max_tokens_default, most=most)
+        bound = bound_answer(fields, dialect, call.bound, default=settings.max_tokens_default, most=most)
         if not call.stream and is_long(call, bound):
             request = decoded(fields)
             if dialect.assembles(request):

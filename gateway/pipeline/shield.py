@@ -95,21 +95,18 @@ def shielded(call: Call, grammars: GrammarTexts | None = None) -> Fields:
                 put_grammar(fields, dialect, grammars or NoGrammars())
             _check_compiled(fields)
             _bound_windows(fields)
-        for name in _BOUNDS[dialect]:
-            if name in fields:
-                _token_bound(fields, name)
+        call.bound = asked_bound(fields, dialect)
     return fields
 
 
-def bound_answer(fields: Fields, dialect: Dialect, *, default: int | None, most: int) -> int:
-    """Puts one field of at most `most` tokens in place of all that bound an answer.
+def bound_answer(fields: Fields, dialect: Dialect, asked: int | None, *, default: int | None, most: int) -> int:
+    """Puts one field of at most `most` tokens in place of all that bound an answer; `asked` is what they say.
 
     Returns that bound, or 0 where nothing is generated.
     """
     if not dialect.generates:
         return 0
     names = _BOUNDS[dialect]
-    asked = asked_bound(fields, dialect)
     wanted = default if asked is None else asked
     bound = most if wanted is None else min(wanted, most)
     for name in names:
@@ -126,10 +123,12 @@ def bound_names(dialect: Dialect) -> tuple[str, ...]:
 
 def asked_bound(fields: Fields, dialect: Dialect) -> int | None:
     """The tokens that the request itself allows one answer; None where it does not say. Raises BadRequest."""
+    asked = None
     for name in _BOUNDS[dialect]:
-        if name in fields and (value := _token_bound(fields, name)) is not None:
-            return value
-    return None
+        if name in fields:
+            value = _token_bound(fields, name)
+            asked = value if asked is None else asked
+    return asked
 
 
 def _token_bound(fields: Fields, name: str) -> int | None:

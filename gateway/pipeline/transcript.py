@@ -40,11 +40,11 @@ class Transcript:
         self._is_stream: bool | None = None
         self._frames = FrameParser()
         self._answer = Pieces()
-        self._cut = False
+        self._cut = self._over = False
 
     def see(self, payload: bytes) -> None:
         """The next bytes of the answer, as they came from llama-server."""
-        if self._cut:
+        if self._cut or self._over:
             return
         self._raw.append(payload)
         self._held += len(payload)
@@ -54,6 +54,10 @@ class Transcript:
         self._cut = self._seen > (MOST_STREAM if self._is_stream else MOST_BODY)
         if self._is_stream and self._held > DIGEST_BYTES:
             self._digest()
+
+    def end(self) -> None:
+        """It is the other thread's from now on: what still comes, for others who share the answer, is not kept."""
+        self._over = True
 
     @property
     def size(self) -> int:
@@ -220,6 +224,7 @@ def detail_of(cache: str | None, transcript: Transcript | None) -> Detail:
     """What is written down beside the record."""
     if transcript is None:
         return Detail(cache)
+    transcript.end()
     return Detail(cache, transcript.prompt, transcript)
 
 

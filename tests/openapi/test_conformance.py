@@ -94,7 +94,7 @@ def described(part: str) -> dict[str, Any]:
     components["schemas"]["EjectCommand"]["properties"]["model"] = {"enum": MODELS}
     for path, item in list(tree["paths"].items()):
         for method, operation in list(item.items()):
-            if path in ENDLESS or part_of(method, operation) != part:
+            if (method == "get" and path in ENDLESS) or part_of(method, operation) != part:
                 del item[method]
             elif (method, path) not in NAMED:
                 operation["parameters"] = [one for one in operation["parameters"] if one.get("$ref") not in EVERYWHERE]

@@ -35,7 +35,7 @@ def write_keys(folder: Path) -> None:
 @contextlib.contextmanager
 def caching(folder: Path, **variables: str) -> Iterator[Gateway]:
     write_keys(folder)
-    with running_gateway(folder, CACHE_ENABLED="true", **variables) as running:
+    with running_gateway(folder, variables | {"CACHE_ENABLED": "true"}) as running:
         yield running
 
 
@@ -100,11 +100,12 @@ def test_the_second_time_nothing_is_computed(gateway: Gateway) -> None:
     assert after["enabled"] is True
     assert after["store"] == "sqlite"
 
-    def records() -> list[dict[str, Any]] | bool:
+    def records() -> list[dict[str, Any]]:
         listed = gateway.get("/logs", key=ADMIN).json()["logs"]
-        return found if len(found := [row for row in listed if row["request_id"] in ("c-1", "c-2")]) == 2 else False
+        return [row for row in listed if row["request_id"] in ("c-1", "c-2")]
 
-    hit, miss = eventually(records, 5)
+    eventually(lambda: len(records()) == 2, 5)
+    hit, miss = records()
     assert (hit["cache"], hit["tokens_out"], miss["cache"], miss["tokens_out"]) == ("hit", 0, "miss", 20)
 
 

@@ -59,7 +59,8 @@ def ask(gateway: Gateway, *texts: str, **fields: Any) -> Response:
     roles = ["system", *(("user", "assistant") * len(texts))]
     messages = [{"role": role, "content": text} for role, text in zip(roles, texts[:-1], strict=False)]
     messages.append({"role": "user", "content": texts[-1]})
-    return gateway.chat(**({"messages": messages, "temperature": 0} | fields))
+    body: dict[str, Any] = {"messages": messages, "temperature": 0} | fields
+    return gateway.chat(**body)
 
 
 def kept(gateway: Gateway, entries: int) -> None:

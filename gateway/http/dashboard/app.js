@@ -18,7 +18,7 @@ const keysAreAsked = document.documentElement.dataset.keys === "asked";
 
 function drawWho() {
   const { signedIn, me } = known;
-  show($("board"), signedIn);
+  show($("board"), signedIn && known.server !== null); // not before what is wrong is known: it stands above
   show($("who"), signedIn && keysAreAsked);
   show($("sign-out"), signedIn && keysAreAsked);
   if (!me) return;
@@ -70,7 +70,7 @@ async function enter(secret, { again = false, ...how } = {}) {
 }
 
 whenSignedOut((reason) => askForKey(reason));
-on(["who"], drawWho);
+on(["who", "models"], drawWho);
 on(["link"], drawLink);
 setUpTheme($("theme"));
 [setUpNotices, setUpOverview, setUpMemory, setUpModels, setUpRequests, setUpChat, setUpUsage].forEach((setUp) => setUp());

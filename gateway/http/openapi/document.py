@@ -1,6 +1,6 @@
 """OpenAPI 3.1 of all routes, put together from the files in parts/.
 
-A part has one subject: its `tag`, its `operations` and the `schemas` that they use. In it
+A part has one subject: its `tag`, its `operations` and the `schemas` that they use; or schemas alone. In it
 - `at` lists method and path of one operation and its other names; `GET` brings `HEAD` with it.
 - `scope` is what the key must have; without it no key is needed.
 - `dialect` names another shape of its errors, of `_DIALECTS`.
@@ -45,7 +45,7 @@ def document() -> Node:
     about = [part for name, part in sorted(parts.items(), key=_place) if name not in _NO_PARTS]
     paths: Node = {}
     for part in about:
-        for operation in part["operations"]:
+        for operation in part.get("operations", ()):
             for method, path, described in _expanded(operation, part["tag"]["name"], general, errors):
                 paths.setdefault(path, {})[method] = described
     schemas = {name: schema for part in (general, *about) for name, schema in part.get("schemas", {}).items()}
@@ -53,7 +53,7 @@ def document() -> Node:
         "openapi": "3.1.0",
         "info": {"title": "Corral", "version": __version__, **general["info"]},
         "servers": [{"url": "/"}],
-        "tags": [part["tag"] for part in about],
+        "tags": [part["tag"] for part in about if "tag" in part],
         "paths": paths,
         "components": {
             "schemas": schemas,
