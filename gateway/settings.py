@@ -146,8 +146,10 @@ class Settings:
     audit_retention_days: int = _var(30, "0 = for ever", low=0, high=36_500)
     cache_enabled: bool = _var(False, "response cache", file="redis.enable_cache")
     cache_ttl_seconds: int = _var(3600, "life of a cached answer", low=1, high=31_536_000, file="redis.cache_ttl_sec")
-    cache_embedding_model: str | None = _var(None, "switches the semantic cache on")
-    cache_similarity: float | None = _var(None, "least similarity of a semantic hit", low=0, high=1)
+    cache_embedding_model: str | None = _var(None, "model or URL; also caches prompts that mean the same")
+    cache_similarity: float | None = _var(
+        None, "least similarity of prompts that mean the same", low=0, high=1, shown="0.8"
+    )
     redis_url: str | None = _var(
         None, "limits, exact cache and usage shared by several gateways", file="redis.url", secret=True
     )

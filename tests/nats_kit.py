@@ -118,7 +118,7 @@ class Office:
         """How many there were of a model's jobs, repeated ones included."""
         delivered = (await self.client.jetstream().consumer_info("INFERENCE", model)).delivered
         assert delivered is not None
-        return delivered.consumer_seq
+        return int(delivered.consumer_seq)
 
     async def _came(self, message: Msg) -> None:
         told = json.loads(message.data)

@@ -20,6 +20,13 @@ from tests.house import ROOT, eventually, free_port, llama_server
 
 API_KEY = "rpa_0123456789abcdefghij"
 WORKER = "worker-1"
+MESSAGES = [{"role": "user", "content": "hi"}]
+LONG = {"messages": MESSAGES, "params": {"max_tokens": 4000}, "stream": True}
+
+
+def openai_job(stream: bool = False, **fields: Any) -> dict[str, Any]:
+    body = {"messages": MESSAGES, "max_tokens": 6, "temperature": 0, "stream": stream} | fields
+    return {"openai_route": "/v1/chat/completions", "openai_input": body}
 
 
 class Platform:

@@ -226,6 +226,8 @@ def test_a_request_that_took_long_is_found_by_when_it_began(path: Path) -> None:
         assert names(ask(books, since=150.0)) == [3, 1]
         assert names(ask(books, since=150.0, after=0)) == [1, 3]
         assert names(ask(books, since=1000.0)) == []
+        assert sorted(names(ask(books, since=45.0)) + names(ask(books, until=45.0))) == names(ask(books))[::-1]
+        assert names(ask(books, since=150.0, until=150.0)) == []
 
 
 FILTERS: list[dict[str, Any]] = [

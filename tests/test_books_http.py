@@ -47,7 +47,7 @@ async def by_header(request: web.Request, handler: Handler) -> web.StreamRespons
 @asynccontextmanager
 async def serving(books: Books) -> AsyncIterator[str]:
     app = web.Application(middlewares=(errors, by_header))
-    app[RUNTIME] = cast(Runtime, SimpleNamespace(books=books))
+    app[RUNTIME] = cast(Runtime, SimpleNamespace(books=books, shared_usage=None))
     app.router.add_get("/logs", logs.logs)
     app.router.add_get("/v1/usage", usage.usage)
     async with TestServer(app) as server:
@@ -99,6 +99,7 @@ def test_what_is_no_moment(text: str) -> None:
         ({}, Wanted()),
         ({"limit": "5", "since": "1h", "key": "ada"}, Wanted(limit=5, since=NOW - 3600, key="ada")),
         ({"model": "qwen", "status": "5xx"}, Wanted(model="qwen", status="5xx")),
+        ({"since": "2h", "until": "1h"}, Wanted(since=NOW - 7200, until=NOW - 3600)),
         ({"before": "17"}, Wanted(before=17)),
         ({"after": "0", "limit": "1000"}, Wanted(after=0, limit=1000)),
         (dict.fromkeys(("limit", "since", "key", "model", "status"), ""), Wanted()),
@@ -117,6 +118,7 @@ def test_questions(query: dict[str, str], wanted: Wanted) -> None:
         ({"limit": "²"}, "limit"),
         ({"limit": "9" * 5000}, "limit"),
         ({"since": "yesterday"}, "since"),
+        ({"until": "tomorrow"}, "until"),
         ({"status": "abc"}, "status"),
         ({"status": "99"}, "status"),
         ({"status": "6xx"}, "status"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
@@ -21,6 +22,8 @@ from gateway.pipeline.account import Meter, Record
 from gateway.pipeline.cached import ResponseCache, Seat
 from gateway.pipeline.cachekey import wish_of
 from gateway.pipeline.call import Call
+from gateway.pipeline.dialects import Dialect
+from gateway.pipeline.events import Collected, Events
 from gateway.pipeline.media import Media
 from gateway.pipeline.replay import PIECE, Replay, replay
 from gateway.pipeline.splice import Answer
@@ -378,6 +381,44 @@ async def test_a_service_that_ends_answers_nothing_out_of_the_cache() -> None:
     house.queues["m"].close()
     with pytest.raises(ShuttingDown):
         await house.seat(greedy())
+
+
+async def test_a_disk_that_hangs_is_looked_at_by_one_thread_and_waited_for_no_longer_than_a_moment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gateway.pipeline.cached.FINGERPRINT_SECONDS", 0.05)
+    house, hangs, looks = House(), threading.Event(), 0
+
+    def hung(stamp: object = None) -> str:
+        nonlocal looks
+        looks += 1
+        hangs.wait(5)
+        return "file 1"
+
+    house.model.lies_as = hung  # type: ignore[method-assign]
+    calls = [greedy() for _ in range(20)]
+    try:
+        seats = await asyncio.gather(
+            *(house.cache.seat(call, Media(fields=call.fields), ModelSpec(id="m")) for call in calls)
+        )
+        assert seats == [None] * 20, "they go their way without the cache"
+        assert looks == 1
+    finally:
+        hangs.set()
+        house.cache.close()
+
+
+async def test_doors_of_other_formats_replay_too() -> None:
+    """All at once, and event by event."""
+    whole, events = Collected(Meter(time.monotonic)), Events(Dialect.CHAT, Meter(time.monotonic))
+    await replay(Stored(b'{"a":1}', "application/json", 0.0), whole, stream=False)
+    assert (whole.body, whole.content_type) == (b'{"a":1}', "application/json")
+    stream = b"".join(b'data: {"number":%d}\n\n' % number for number in range(3 * PIECE // 16)) + b"data: [DONE]\n\n"
+    playing = asyncio.create_task(replay(Stored(stream, "text/event-stream", 0.0), events, stream=True))
+    playing.add_done_callback(lambda _: events.end(None))
+    taken = [frame.data async for frame in events]
+    assert taken[-1] == b"[DONE]"
+    assert len(taken) == 3 * PIECE // 16 + 1, "they were taken as fast as they came, and none was lost"
 
 
 async def test_a_replay_stops_for_a_slow_client() -> None:

@@ -35,6 +35,7 @@ def told(folder: Path, settings: Settings | None = None, model: str = "model.ggu
     [
         {"id": "other"},
         {"flags": ("--rope-freq-scale", "0.5")},
+        {"flags": ("--chat-template", "{{ x }}" * 1000)},
         {"env": (("A", "b"),)},
         {"slots": 3},
         {"embedding": True},
@@ -44,7 +45,7 @@ def told(folder: Path, settings: Settings | None = None, model: str = "model.ggu
         {"settings": Settings(ngl=7)},
         {"settings": Settings(parallel=7)},
     ],
-    ids=str,
+    ids=lambda changes: str(changes)[:60],
 )
 def test_what_matters(files: Path, changes: dict[str, Any]) -> None:
     assert told(files, **changes) not in (None, told(files))

@@ -18,10 +18,11 @@ from gateway.metrics import Metrics
 from gateway.runtime import Runtime
 from gateway.state import ServiceState
 from gateway.stores.keyfile import Key
-from tests.hot_path_kit import EVENT, FINAL, Client, Rote, client, house, request
+from tests.hot_path_kit import EVENT, FINAL, Client, Rote, client, counting, house, request
 from tests.house import ADMIN, USER, soon
 
 BOUNDS = (0.1, 0.2, 0.4)
+CALLS_PER_READER = 60  # for a snapshot; a request takes 270. A little above what it takes today
 SMALL = b'{"max_tokens":20,"stream":true,"messages":[{"role":"user","content":"Tell me about llamas."}]}'
 
 
@@ -143,7 +144,7 @@ async def test_it_ends_when_the_service_does(tmp_path: Path) -> None:
     async with house(tmp_path) as (runtime, port), reader(port) as seen:
         await soon(lambda: seen.snapshots)
         runtime.board.set_service(ServiceState.DRAINING, "the end")
-        await seen.connection.until(b"0\r\n\r\n")
+        await seen.connection.until(b"\r\n0\r\n\r\n")
         assert seen.snapshots[-1]["state"] == "draining"
 
 
@@ -152,7 +153,7 @@ async def test_it_ends_when_the_key_is_taken_back(tmp_path: Path) -> None:
         await soon(lambda: seen.snapshots)
         (tmp_path / "keys").write_text(f"user:{USER}\n")
         runtime.keys.reload()
-        await seen.connection.until(b"0\r\n\r\n")
+        await seen.connection.until(b"\r\n0\r\n\r\n")
 
 
 def feed_of(runtime: Runtime) -> LiveFeed:
@@ -174,6 +175,10 @@ async def test_one_snapshot_is_made_and_encoded_for_all(tmp_path: Path, monkeypa
         readers = [await stack.enter_async_context(reader(port)) for _ in range(50)]
         await soon(lambda: all(len(one.snapshots) >= 3 for one in readers))
         assert made <= max(len(one.snapshots) for one in readers) + 2
+        with counting() as found:
+            before = sum(one.connection.got.count(b"event:") for one in readers)
+            await soon(lambda: sum(one.connection.got.count(b"event:") for one in readers) >= before + 150)
+        assert found.total() / 150 < CALLS_PER_READER, found.most_common(20)
         feed = feed_of(runtime)
         assert feed.event(Key("one")) is feed.event(Key("two"))
         assert json.loads(feed.event(Key("few", models=("x*",))).split(b"data: ")[1])["models"] == {}

@@ -19,7 +19,7 @@ _AGO = re.compile(r"(\d{1,9})([smhdw])", re.ASCII)
 _LOST_PLUS = re.compile(r"(:\d\d(?:\.\d+)?) (\d\d:?\d\d)$")  # of a zone; in a query a + is a space
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _STATUS = re.compile(r"[1-5](\d\d|xx)")
-_PARAMETERS = ("limit", "since", "key", "model", "status", "before", "after")
+_PARAMETERS = ("limit", "since", "until", "key", "model", "status", "before", "after")
 
 
 async def logs(request: web.Request) -> web.Response:
@@ -44,6 +44,7 @@ def wanted(query: Mapping[str, str], now: float) -> Wanted:
     return Wanted(
         limit=DEFAULT_LIMIT if limit is None else limit,
         since=moment(query["since"], now) if query.get("since") else None,
+        until=moment(query["until"], now, "until") if query.get("until") else None,
         key=query.get("key") or None,
         model=query.get("model") or None,
         status=status,

@@ -33,7 +33,7 @@ def fingerprint(spec: ModelSpec, model: Path, binary: Path, settings: Settings, 
     with contextlib.suppress(GGUFError, OSError):
         files = list(shards(model))
     files += [file for file in (spec.mmproj, spec.chat_template_file) if file is not None]
-    files += [file for word in words for part in _SPLIT.split(word) if part and (file := Path(part)).is_file()]
+    files += [file for word in words for part in _SPLIT.split(word) if _is_file(file := Path(part))]
     stamps = []
     for file in (*files, binary):
         told = stamp(file)
@@ -99,6 +99,13 @@ class Contents:
                     return None
                 digest.update(block)
         return digest.hexdigest()
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a whole template in an argument is too long for a name
+        return False
 
 
 def _digest(facts: Iterable[object]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,9 @@ class ResponseCache:
         self._owners, self._queues, self._budget = owners, queues, budget
         self._results = {name: metrics.cache_requests.labels(name) for name in ("hit", "miss", "semantic")}
         self._flights: dict[tuple[str, str], Flight] = {}
+        # One thread, and one look at a model at a time: a disk that hangs must not take the threads of others.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="looking at models")
+        self._looking: dict[str, asyncio.Future[About | None]] = {}
 
     async def seat(self, call: Call, media: Media, spec: ModelSpec) -> Seat | None:
         """What is found for `call`, or the place to put it; None where its answer may not be cached.
@@ -105,13 +109,16 @@ class ResponseCache:
         owner = self._owners().get(model_id)
         if owner is None:
             return None
-        try:
-            async with asyncio.timeout(FINGERPRINT_SECONDS):
-                lies = await asyncio.to_thread(owner.lies_as)
-                known_as = lies if self.stamp is None else await asyncio.to_thread(owner.lies_as, self.stamp)
-        except TimeoutError:
-            return None
-        return About(owner, lies, known_as) if lies is not None and known_as is not None else None
+        looking = self._looking.get(model_id)
+        if looking is None:
+            looking = asyncio.wrap_future(self._thread.submit(_looked_at, owner, self.stamp))
+            self._looking[model_id] = looking
+            looking.add_done_callback(lambda _: self._looking.pop(model_id, None))
+        await asyncio.wait((looking,), timeout=FINGERPRINT_SECONDS)
+        return looking.result() if looking.done() else None
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def clear(self) -> int:
         self.epoch += 1
@@ -278,6 +285,12 @@ class Seat:
         record.cache = result
         self._call.headers_out.append(("x-cache", result))
         self._cache.count(result)
+
+
+def _looked_at(owner: Owner, stamp: Stamp | None) -> About | None:
+    lies = owner.lies_as()
+    known_as = lies if stamp is None else owner.lies_as(stamp)
+    return About(owner, lies, known_as) if lies is not None and known_as is not None else None
 
 
 def _young(stored: Stored | None, wish: Wish) -> Stored | None:

@@ -37,6 +37,7 @@ async def caching(runtime: Runtime) -> AsyncIterator[None]:
         cache = ResponseCache(
             answers, settings, lambda: runtime.manager.owners, runtime.queues, runtime.budget, runtime.metrics
         )
+        stack.callback(cache.close)
         if settings.redis_url:
             from gateway.models.fingerprint import Contents
 

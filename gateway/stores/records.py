@@ -14,13 +14,15 @@ MOST_LISTED = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """Which requests are asked for. `since` is unix seconds; `status` a number, or a class such as `5xx`.
+    """Which requests are asked for. `since` (included) and `until` (not) are unix seconds; `status` is a number, or a
+    class such as `5xx`.
 
     Newest first, and `before` the id that a page ended with; or with `after`, oldest first from behind that id.
     """
 
     limit: int = 100
     since: float | None = None
+    until: float | None = None
     key: str | None = None
     model: str | None = None
     status: str | None = None
@@ -71,6 +73,8 @@ def conditions_of(wanted: Wanted) -> tuple[list[str], list[object]]:
     if wanted.since is not None:  # ids are in the order of the ends, so one that began then may stand anywhere behind
         first = "SELECT min(+id) FROM requests INDEXED BY requests_ts WHERE ts >= ?"
         add(f"+ts >= ? AND id >= ({first})", wanted.since, wanted.since)
+    if wanted.until is not None:
+        add("+ts < ?", wanted.until)
     for column, value in (("key_id", wanted.key), ("model", wanted.model)):
         if value is not None:
             add(f"{column} = ?", value)

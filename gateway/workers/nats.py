@@ -26,7 +26,7 @@ from gateway.workers.nats_cancel import Cancels
 from gateway.workers.nats_job import Delivery, InHand
 from gateway.workers.nats_layout import CANCEL_SUBJECT, REQUEST_SUBJECT, ensure_consumer, lay_out
 from gateway.workers.nats_link import Away, Link, servers_of
-from gateway.workers.nats_pull import Puller, Room
+from gateway.workers.nats_pull import LOOK_SECONDS, Puller, Room
 from gateway.workers.nats_replies import Replies
 from gateway.workers.nats_store import Store
 from gateway.workers.nats_work import Means, Work
@@ -197,7 +197,7 @@ class Worker:
     def take(self, model: _Model, message: Msg) -> None:
         """A job was delivered."""
         delivery = Delivery.of(message)
-        hand = InHand(delivery, model.id, delivery.fallback_id)
+        hand = InHand(delivery, model.id, delivery.fallback_id, model.puller.ack_wait)
         queue = self._runtime.queues.get(model.id)
         # HTTP may have taken the places since this job was asked for
         full = queue is not None and queue.active >= queue.capacity
@@ -213,7 +213,7 @@ class Worker:
 
     async def _work(self, model: _Model, hand: InHand) -> None:
         try:
-            await Work(self._means, hand, model.name, model.puller.ack_wait).do()
+            await Work(self._means, hand, model.name).do()
         except Away as error:
             log.warning("%s will be delivered again: %s", hand.req_id, error)
         except Exception:
@@ -262,11 +262,13 @@ class Worker:
     async def tell_progress(self) -> None:
         """JetStream gives a job to another worker when it hears nothing of it."""
         while True:
-            waits = [model.puller.ack_wait for model in self._models.values()]
-            await asyncio.sleep(min(waits, default=30.0) / 3)
+            await asyncio.sleep(LOOK_SECONDS)
+            now = time.monotonic()
             for hand in list(self._hands):
-                with contextlib.suppress(Away):
-                    await self.link.publish(hand.delivery.ack, b"+WPI")
+                if now >= hand.progress_due:
+                    hand.progress_due = now + hand.ack_wait / 3
+                    with contextlib.suppress(Away):
+                        await self.link.publish(hand.delivery.ack, b"+WPI")
 
     async def tell_health(self) -> None:
         """At each change of a state, and each HEALTH_SECONDS."""

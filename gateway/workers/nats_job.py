@@ -57,6 +57,8 @@ class InHand:
     delivery: Delivery
     model: str
     req_id: str  # as the job's sender named it
+    ack_wait: float  # seconds of silence after which another worker gets it
+    progress_due: float = 0.0  # on the monotonic clock
     reply_to: str | None = None
     call: Call | None = None
     run: asyncio.Task[bytes] | None = None

@@ -29,7 +29,7 @@ REQUEST_SUBJECT = "inference.request."
 DEAD_SUBJECT = "inference.dead."
 CANCEL_SUBJECT = "inference.cancel."
 
-ACK_WAIT = 30.0  # seconds until a job whose worker says nothing is delivered again
+ACK_WAIT = 15.0  # seconds until a job whose worker says nothing is delivered again
 REMEMBERED_SECONDS = 86_400.0  # answers, and what was written down of tries
 CANCEL_SECONDS = 3_600.0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -33,12 +33,13 @@ class Away(Exception):
 
 
 @contextlib.contextmanager
-def reaching() -> Iterator[None]:
-    """Raises Away for whatever nats-py and the socket raise."""
+def reaching(causes: Sequence[Exception] = ()) -> Iterator[None]:
+    """Raises Away for whatever nats-py and the socket raise; the last of `causes` tells more where there is one."""
     try:
         yield
     except (nats.errors.Error, OSError, TimeoutError) as error:
-        raise Away(str(error) or type(error).__name__) from error
+        told = causes[-1] if causes else error
+        raise Away(str(told) or type(told).__name__) from error
 
 
 def servers_of(urls: str) -> list[str]:
@@ -133,14 +134,15 @@ class Link:
         """Each connection has a client of its own: nats-py's way to reconnect cannot be stopped in every state."""
         pause = RETRY_SECONDS
         while not self._leaving:
-            over = asyncio.Event()
+            over, reached = asyncio.Event(), False
             client = Client()
             try:
                 await self._connect(client, over)
+                reached = True
                 self._client, self._js = client, client.jetstream(timeout=CALL_SECONDS)
                 await self._ready()
                 if client.is_connected:
-                    pause = RETRY_SECONDS
+                    reached = False
                     self._tell(None)
                     self.up.set()
                     self._is_up(1)
@@ -154,8 +156,8 @@ class Link:
                 with contextlib.suppress(Exception):  # in whatever state it is, nothing more is expected of it
                     async with asyncio.timeout(CLOSE_SECONDS):
                         await client.close()
+            pause = min(LONGEST_PAUSE, pause * 2) if reached else RETRY_SECONDS  # it refuses, or is away
             await asyncio.sleep(pause)
-            pause = min(LONGEST_PAUSE, pause * 2) if client.max_payload else RETRY_SECONDS  # it refuses, or is away
 
     async def flush(self) -> None:
         with contextlib.suppress(Away), reaching():
@@ -163,17 +165,19 @@ class Link:
                 await self._client.flush(int(CLOSE_SECONDS))
 
     async def _connect(self, client: Client, over: asyncio.Event) -> None:
+        causes: list[Exception] = []
+
         async def failed(error: Exception) -> None:
             if client.is_connected:
                 log.warning("NATS: %s", error)
             else:
-                self._tell(str(error) or type(error).__name__)
+                causes.append(error)
 
         async def closed() -> None:
             self.up.clear()
             over.set()
 
-        with reaching():
+        with reaching(causes):
             await client.connect(
                 self._servers,
                 name=self._name,

@@ -54,9 +54,8 @@ class Means:
 
 
 class Work:
-    def __init__(self, means: Means, hand: InHand, subject: str, ack_wait: float) -> None:
-        self._means, self._hand = means, hand
-        self._subject, self._ack_wait = subject, ack_wait
+    def __init__(self, means: Means, hand: InHand, subject: str) -> None:
+        self._means, self._hand, self._subject = means, hand, subject
 
     async def do(self) -> None:
         """Raises Away where the service ends before NATS is back; the job is then delivered again."""
@@ -67,7 +66,7 @@ class Work:
             attempts = await self._surely(lambda: means.store().attempts(delivery.key))
             if attempts.answer is not None:
                 return await self._end(attempts)
-        reason = given_up(attempts, delivery.deliveries, time.time() - delivery.published, self._ack_wait)
+        reason = given_up(attempts, delivery.deliveries, time.time() - delivery.published, self._hand.ack_wait)
         if reason is not None:
             return await self._give_up(attempts, reason)
         if means.ending():

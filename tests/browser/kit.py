@@ -22,7 +22,7 @@ FLAGS = (
     "--disable-component-update --disable-sync --force-color-profile=srgb"
 ).split()
 Scheme = Literal["light", "dark"]
-PATIENCE_MS = 8000
+PATIENCE_MS = 10_000
 SERIOUS = ("serious", "critical")
 
 
@@ -30,6 +30,7 @@ SERIOUS = ("serious", "critical")
 def chromium() -> Iterator[Browser]:
     path = shutil.which("chromium")
     assert path, "there is no chromium: run the tests by ./scripts/test"
+    expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
         try:

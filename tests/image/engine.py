@@ -57,10 +57,11 @@ class Engine:
         found: dict[str, Any] = json.loads(self.podman("image", "inspect", image))[0]
         return found
 
-    def build(self, dockerfile: str) -> str:
+    def build(self, dockerfile: str, **arguments: str) -> str:
         """The id of the image. Layers are kept, so that a second build does only what has changed."""
         id_file = self._temporary / f"{dockerfile}.{os.getpid()}.id"
         options = ["--isolation=chroot", "--layers", "--format", "docker", "--pull-never", "--iidfile", str(id_file)]
+        options += [f"--build-arg={name}={value}" for name, value in arguments.items()]
         self._run(["buildah", *self._storage, "bud", *options, "--file", dockerfile, "."])
         image = id_file.read_text().strip()
         id_file.unlink()

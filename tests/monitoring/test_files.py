@@ -22,7 +22,7 @@ UNIT_TESTS = ROOT / "tests" / "monitoring" / "rules.test.yml"
 DASHBOARD = json.loads((FOLDER / "grafana" / "dashboards" / "corral.json").read_text())
 # llama-server's own, with a label added
 THEIRS = {"prompt_tokens_total", "tokens_predicted_total", "requests_processing", "requests_deferred"}
-UNUSED = {"gateway_records_skipped"}
+UNUSED = {"gateway_build_info", "gateway_records_skipped"}
 
 
 def load(path: Path) -> Any:
@@ -53,6 +53,8 @@ def families() -> dict[str, set[str]]:
         labels = set(getattr(collector, "_labelnames", ()))
         for suffix in ("", "_total", "_bucket", "_sum", "_count"):
             found[name + suffix] = labels | ({"le"} if suffix == "_bucket" else set())
+    for family in metrics.registry.collect():
+        found.setdefault(family.name, set())
     return found
 
 

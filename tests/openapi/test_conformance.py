@@ -103,9 +103,13 @@ def described(part: str) -> dict[str, Any]:
     return tree
 
 
+# Their bodies are tried with the routes of the same kind that generate, or in OpenAI's shape.
+ALIKE = {"post_apply_template", "post_v1_messages_count_tokens", "post_embeddings"}
+
+
 def part_of(method: str, operation: dict[str, Any]) -> str:
-    """One of three. HEAD and the other names of an operation are tried less: the same code is behind them."""
-    if method == "head" or "x-alias-of" in operation:
+    """One of three. HEAD, the other names of an operation, and those of a kind are tried less."""
+    if method == "head" or "x-alias-of" in operation or operation["operationId"] in ALIKE:
         return "again"
     return "generation" if operation["tags"] == ["Generation"] else "rest"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.fake_llama import install
-from tests.house import ADMIN, running_gateway
+from tests.house import ADMIN, eventually, running_gateway
 from tests.nats_kit import NatsServer, impatient, office, running_nats, running_worker, until, until_async
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(30)]
@@ -47,13 +47,13 @@ async def test_nats_gone_in_mid_job_and_back(server: NatsServer, tmp_path: Path,
     await impatient(server, "slow", ack_wait=2.0)
     with running_gateway(tmp_path / "gateway", MODEL_PATH=str(slow_model), NATS_URL=server.url) as gateway:
         async with office(server) as here:
-            await here.send("slow", {"req_id": "long", "input": "hi", "params": {"max_tokens": 300}})
+            await here.send("slow", {"req_id": "long", "input": "hi", "params": {"max_tokens": 200}})
             await until(lambda: gateway.slots_busy() == 1)
             server.kill()
             assert gateway.chat().status == 200
             server.start()
             answer = await here.answer("long", 20)
-            assert answer["tokens_out"] == 300
+            assert answer["tokens_out"] == 200
             await until_async(here.pending, 0)
             assert all(again == answer for again in here.answers["long"])
 
@@ -93,6 +93,20 @@ async def test_a_job_that_others_refused_three_times_is_given_up(
             assert answer["error"]["code"] == "backend_error"
             (letter,) = await here.dead("tiny")
             assert letter["deliveries"] == 4 and "refused 3 times" in letter["reason"]
+
+
+async def test_a_job_that_loads_and_runs_for_longer_than_the_ack_wait_is_delivered_once(
+    server: NatsServer, tmp_path: Path, chat_model: Path
+) -> None:
+    await impatient(server, "tiny", ack_wait=1.0)
+    fake = install(tmp_path)
+    about = {"MODEL_PATH": str(chat_model), "LLAMA_SERVER_PATH": str(fake), "NATS_URL": server.url}
+    with running_gateway(tmp_path / "gateway", about) as gateway:
+        gateway.request("POST", "/v1/models/eject", {"model": "tiny"}, key=ADMIN)
+        async with office(server) as here:
+            answer = await here.ask("tiny", "slow", input="{{fake: prefill=3}}", params=SHORT)
+            assert "error" not in answer and answer["ms"] >= 3000
+            assert await here.deliveries("tiny") == 1
 
 
 async def test_a_model_that_cannot_be_loaded(server: NatsServer, tmp_path: Path) -> None:
@@ -171,18 +185,18 @@ async def test_a_job_cut_by_the_end_of_its_worker_is_done_by_another(
 ) -> None:
     with running_worker(tmp_path / "first", server, slow_model, SHUTDOWN_GRACE_SECONDS="0.3") as first:
         async with office(server) as here:
-            await here.send("slow", {"req_id": "cut", "input": "hi", "params": {"max_tokens": 600}, "stream": True})
+            await here.send("slow", {"req_id": "cut", "input": "hi", "params": {"max_tokens": 300}, "stream": True})
             await until(lambda: here.tokens.get("cut"))
             with running_worker(tmp_path / "second", server, slow_model):
                 assert first.stop() == 0
-                assert (await here.answer("cut", 20))["tokens_out"] == 600
+                assert (await here.answer("cut", 20))["tokens_out"] == 300
                 assert not await here.dead("slow")
 
 
 async def test_workers_state_is_published(server: NatsServer, tmp_path: Path, chat_model: Path) -> None:
     state = tmp_path / "state.json"
     with running_worker(tmp_path / "worker", server, chat_model, STATE_FILE=str(state)) as worker:
-        assert json.loads(state.read_text())["status"] == "ready"
+        eventually(lambda: json.loads(state.read_text())["status"] == "ready")
         assert "Corral is ready: takes jobs from NATS for tiny\n" in worker.stdout
         assert worker.stop() == 0
     assert json.loads(state.read_text())["status"] == "stopped"

@@ -61,7 +61,7 @@ async def test_a_thousand_jobs_over_three_workers_that_are_killed(tmp_path: Path
         crew = stack.enter_context(Crew(tmp_path, server, chat_model))
         ids = [f"job-{number}" for number in range(JOBS)]
         for req_id in ids:
-            params = {"max_tokens": dice.choice((5, 50, 400)), "temperature": 1.5}
+            params = {"max_tokens": dice.choice((5, 20, 100)), "temperature": 1.5}
             await here.send("tiny", {"req_id": req_id, "input": f"this is {req_id}", "params": params})
         while crew.killed < KILLS and len(here.answers) < JOBS:
             seen = len(here.answers)
@@ -86,7 +86,7 @@ async def test_ten_thousand_jobs_that_wait_take_no_memory_of_a_worker(tmp_path: 
     with running_nats(tmp_path / "nats") as server:
         await impatient(server, "slow", ack_wait=30.0)
         async with office(server) as here:
-            with running_worker(tmp_path / "worker", server, slow_model) as worker:
+            with running_worker(tmp_path / "worker", server, slow_model, SHUTDOWN_GRACE_SECONDS="0.1") as worker:
                 before = resident_mb(worker.process.pid)
                 job = json.dumps({"input": "x " * 1000, "params": {"max_tokens": 4000}}).encode()
                 for _ in range(10_000):

@@ -130,7 +130,7 @@ class Answer {
   draw() {
     this.drawing = null;
     const below = this.isBelow();
-    say(this.words, this.text);
+    say(this.words, this.text.trimStart());
     show(this.thinking, this.thought !== "");
     say(this.thinking.lastChild, this.thought);
     if (running) say(this.note, `${this.model} · ${rate(this.speed())} tokens a second`);
