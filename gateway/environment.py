@@ -10,6 +10,7 @@ import ipaddress
 import os
 import re
 import shlex
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,12 @@ def read_settings(
 ) -> tuple[Settings, list[str]]:
     """The settings, and one line for each wrong value, which counts as not given.
 
-    `file` is a models file's content; lines about it begin with `origin`.
+    `file` is a models file's content; lines about it begin with `origin`. Raises ConfigError for an unreadable `.env`.
     """
     real = os.environ if environ is None else environ
-    layers = (real, _read_dotenv(dotenv))
     problems: list[str] = []
     warnings: list[str] = []
+    layers = (real, _read_dotenv(dotenv, warnings))
     values: dict[str, Any] = {}
     for var in variables():
         where = ""
@@ -124,12 +125,25 @@ def secrets_in_force(settings: Settings) -> list[str]:
     return sorted({value for value in found if len(value) >= 8}, key=len, reverse=True)
 
 
-def _read_dotenv(path: Path | None) -> dict[str, str]:
+def _read_dotenv(path: Path | None, warnings: list[str] | None = None) -> dict[str, str]:
+    """Raises ConfigError where the file cannot be read; lines that cannot be read are warned about."""
     if path is None or not path.is_file():
         return {}
-    from dotenv import dotenv_values  # imported only where a file is there: 10 ms of the start
+    from dotenv.parser import parse_stream  # imported only where a file is there: 10 ms of the start
 
-    return {key: value for key, value in dotenv_values(path, interpolate=False).items() if value is not None}
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            lines = list(parse_stream(file))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError([f"{path}: cannot be read: {reason}"]) from None
+    found = {}
+    for line in lines:
+        if line.key is not None and line.value is not None:
+            found[line.key] = line.value
+        elif warnings is not None and (line.error or line.key is not None):
+            warnings.append(f"{path} line {line.original.line}: is no NAME=value, so it does not count")
+    return found
 
 
 def _lookup(var: Variable, layers: Sequence[Mapping[str, str]], warnings: list[str]) -> str | None:
@@ -256,8 +270,14 @@ def _cross_check(settings: Settings) -> list[str]:
             (
                 "LOG_NAME",
                 repr(settings.log_name),
-                not re.fullmatch(r"[A-Za-z0-9._-]+", settings.log_name),
-                "must be letters, digits, '.', '-' or '_'",
+                not re.fullmatch(r"(?!\.+$|_boot$)[A-Za-z0-9._-]+", settings.log_name),
+                "must be letters, digits, '.', '-' or '_', and not _boot",
+            ),
+            (
+                "REDIS_URL",
+                "…",
+                not _is_redis(settings.redis_url or "redis://x"),
+                "must be redis://[user:password@]host[:port][/db], rediss://… or unix://…",
             ),
             (
                 "WORKER_TYPE",
@@ -269,6 +289,14 @@ def _cross_check(settings: Settings) -> list[str]:
         if wrong
     ]
     return problems + _check_networks(settings) + _check_origins(settings) + _check_extra_args(settings)
+
+
+def _is_redis(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return parts.scheme in ("redis", "rediss", "unix") and parts.port != 0
+    except ValueError:  # the port
+        return False
 
 
 def _check_networks(settings: Settings) -> list[str]:

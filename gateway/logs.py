@@ -36,6 +36,7 @@ class LogFile:
     def __init__(self, folder: Path, kind: str, instance: str) -> None:
         self.folder, self.kind, self.instance = folder, kind, instance
         self.errors = 0  # entries that could not be kept
+        self.problem: str | None = None  # why none can be kept now
         self._stream: IO[bytes] | None = None
         self._bytes = 0
         self._until = 0.0
@@ -54,12 +55,14 @@ class LogFile:
             assert self._stream is not None
             self._stream.write(data)
             self._stream.flush()
-        except OSError:
+        except OSError as error:
+            self.problem = error.strerror or type(error).__name__
             self.errors += entries
             self._retry_at = now + 60
             self.close()
             return False
         self._bytes += len(data)
+        self.problem = None
         return True
 
     def close(self) -> None:
@@ -131,15 +134,21 @@ class LogWriter(threading.Thread):
             lines = [self._line(entry) for entry in batch if isinstance(entry, logging.LogRecord)]
             if lines:
                 text = self.mask("".join(lines))
-                with contextlib.suppress(OSError, ValueError):
-                    sys.stderr.write(text)
-                    sys.stderr.flush()
-                self._gateway.write(text.encode(errors="replace"), len(lines))
+                _say(text)
+                self._keep(self._gateway, text.encode(errors="replace"), len(lines))
             output = [entry for entry in batch if isinstance(entry, bytes)]
             if output:
-                self._server.write(self.mask(b"".join(output).decode(errors="replace")).encode(), len(output))
+                text = self.mask(b"".join(output).decode(errors="replace"))
+                self._keep(self._server, text.encode(), len(output))
         self._gateway.close()
         self._server.close()
+
+    def _keep(self, file: LogFile, data: bytes, entries: int) -> None:
+        """Where a disk begins to refuse, stderr is told once."""
+        before = file.problem
+        if not file.write(data, entries) and before is None:
+            message = f"no {file.kind} log is written in {file.folder}, the service goes on: {file.problem}"
+            _say(self._line(logging.LogRecord("corral.logs", logging.ERROR, __file__, 0, message, None, None)))
 
     def _batch(self) -> list[logging.LogRecord | bytes | None]:
         """What is there, and what comes within a moment: one write for many lines, and few wake-ups under load."""
@@ -213,6 +222,12 @@ def logging_to(folder: Path, instance: str, *, level: str, as_json: bool, secret
         root.removeHandler(handler)
         root.setLevel(before)
         writer.stop()
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def log_folder(data_dir: Path, log_name: str, worker_type: str | None) -> Path:

@@ -114,6 +114,11 @@ class Office:
         """Jobs that nobody has finished."""
         return (await self.client.jetstream().stream_info("INFERENCE")).state.messages
 
+    async def unfinished(self, model: str) -> int:
+        """Jobs that are not acknowledged. A nats-server that was killed may keep finished ones in its stream."""
+        about = await self.client.jetstream().consumer_info("INFERENCE", model)
+        return (about.num_pending or 0) + (about.num_ack_pending or 0)
+
     async def deliveries(self, model: str) -> int:
         """How many there were of a model's jobs, repeated ones included."""
         delivered = (await self.client.jetstream().consumer_info("INFERENCE", model)).delivered

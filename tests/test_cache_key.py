@@ -4,35 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 import pytest
 
 from gateway.pipeline.cachekey import SILENT, Wish, request_of, wish_of
-from gateway.pipeline.call import Call, read_fields
-from gateway.pipeline.routes import ROUTES
 from gateway.settings import Settings
-from gateway.stores.keyfile import Key
-
-HI = {"messages": [{"role": "user", "content": "hi"}]}
-GREEDY = {**HI, "temperature": 0}
-
-
-def call_of(body: dict[str, Any], route: str = "/v1/chat/completions", cache: Wish | None = None) -> Call:
-    text = msgspec.json.encode(body)
-    call = Call(
-        route=ROUTES[route],
-        key=Key(id="k"),
-        caller="k",
-        request_id="r",
-        traceparent="",
-        received_at=0.0,
-        model=None,
-        fields={},
-        size=len(text),
-    )
-    read_fields(call, text)
-    call.cache = cache
-    return call
+from tests.cache_kit import GREEDY, HI, call_of
 
 
 def key_of(

@@ -24,13 +24,14 @@ from gateway.pipeline.cachekey import wish_of
 from gateway.pipeline.call import Call
 from gateway.pipeline.dialects import Dialect
 from gateway.pipeline.events import Collected, Events
+from gateway.pipeline.meaning import Meaning, Sought
 from gateway.pipeline.media import Media
 from gateway.pipeline.replay import PIECE, Replay, replay
 from gateway.pipeline.splice import Answer
 from gateway.settings import Settings
 from gateway.stores.cache import MOST_ENTRY, AtHand, Stored
+from tests.cache_kit import GREEDY, call_of
 from tests.house import soon
-from tests.test_cache_key import GREEDY, call_of
 
 
 class Shelf:
@@ -419,6 +420,45 @@ async def test_doors_of_other_formats_replay_too() -> None:
     taken = [frame.data async for frame in events]
     assert taken[-1] == b"[DONE]"
     assert len(taken) == 3 * PIECE // 16 + 1, "they were taken as fast as they came, and none was lost"
+
+
+class Alike:
+    """As much of a Meaning as the cache asks for: everything means the same as `key`."""
+
+    def __init__(self, key: str) -> None:
+        self.key: str | None = key
+        self.asked = 0
+        self.kept: list[str] = []
+        self.gate = asyncio.Event()
+
+    async def sought(self, request: object, call: Call, about: object) -> Sought:
+        self.asked += 1
+        await self.gate.wait()
+        return Sought("text", "kin", None)
+
+    async def nearest(self, sought: Sought) -> str | None:
+        return self.key
+
+    def keep(self, sought: Sought, key: str) -> None:
+        self.kept.append(key)
+
+
+async def test_what_means_the_same_is_looked_for_once_by_those_that_are_the_same() -> None:
+    house = House()
+    house.shelf.put("near", Stored(b"near", "text/plain", time.time()))
+    alike = Alike("near")
+    house.cache.meaning = cast(Meaning, alike)
+    asked = [asyncio.create_task(house.ask(house.go())) for _ in range(3)]
+    await soon(lambda: house.budget.held > 0)
+    alike.gate.set()
+    assert await asyncio.gather(*asked) == [("semantic", b"near")] * 3
+    assert (alike.asked, house.runs) == (1, 0)
+    alike.key = "gone"
+    assert await house.ask(house.go()) == ("miss", b"made")
+    assert len(alike.kept) == 1
+    call = greedy()
+    await house.seat(call)
+    assert alike.asked == 2, "what is known exactly is not looked for, and nothing is before the limits were asked"
 
 
 async def test_a_replay_stops_for_a_slow_client() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import shlex
 import subprocess
@@ -122,6 +123,7 @@ def test_the_endpoints_are_those_of_the_table() -> None:
     assert told == real
 
 
+@functools.cache
 def raised() -> set[tuple[int, str]]:
     """Status and code of every error that some code makes."""
     made: set[tuple[int, str]] = set()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +17,7 @@ from gateway.app import TABLE
 from gateway.cli import make_parser
 from gateway.models import translate
 from gateway.settings import variables
-from tests.house import ROOT
+from tests.house import ROOT, running_gateway
 from tests.monitoring.test_files import families
 from tests.test_docs import raised
 
@@ -22,6 +27,8 @@ NAMES = {name for var in variables() for name in (var.name, *var.aliases, *var.d
 # Of Grafana, of shells, of systemd, and the placeholders of commands; not ours.
 FOREIGN = {
     "GRAFANA_PASSWORD",
+    "POST",
+    "DONE",
     "ADMIN_KEY",
     "KEY",
     "NAME",
@@ -112,3 +119,53 @@ def test_old_metrics_are_of_the_systems_that_had_them() -> None:
     old = {name for row in rows for name in re.findall(r"`((?:router|modeld)_\w+)", row)}
     assert len([name for name in old if name.startswith("router_")]) > 25
     assert len([name for name in old if name.startswith("modeld_")]) == 4
+
+
+# --- what stops a start
+
+START = (ROOT / "docs" / "TROUBLESHOOTING.md").read_text().partition("## The start stops\n")[2].partition("\n## ")[0]
+LINES = [code for row in START.splitlines() if row.startswith("| `") for code in CODE.findall(row.split(" | ")[0])]
+
+
+def told(problem: str) -> list[str]:
+    """The lines of the guide that fit; `…` stands for anything, NAME for any variable."""
+    patterns = {line: ".*".join(re.escape(part.strip()) for part in line.split("…")) for line in LINES}
+    return [line for line, pattern in patterns.items() if re.search(pattern.replace("NAME=", "[A-Z_]+="), problem)]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"LLAMA_SERVER_PATH": "", "PATH": "/nowhere"},
+        {"LLAMA_SERVER_PATH": "/nowhere/llama-server"},
+        {"MODEL_PATH": ""},
+        {"MODEL_PATH": "", "MODEL_NAME": "qwen"},
+        {"MODEL_PATH": "/nowhere/qwen.gguf"},
+        {"CTX": "many"},
+        {"CONFIG_PATH": "models.yaml"},
+    ],
+    ids=lambda wrong: "-".join(wrong),
+)
+def test_the_guide_knows_the_line(tmp_path: Path, chat_model: Path, wrong: dict[str, str]) -> None:
+    (tmp_path / "models.yaml").write_text("models: {qwen: {model_path: qwen.gguf, flagz: []}}\n")
+    program = tmp_path / "llama-server"
+    program.touch(0o755)
+    usual = {"PYTHONPATH": str(ROOT), "DATA_DIR": str(tmp_path), "PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    usual |= {"LLAMA_SERVER_PATH": str(program), "MODEL_PATH": str(chat_model)}
+    if "CONFIG_PATH" in wrong:
+        del usual["MODEL_PATH"]
+    command = [sys.executable, "-m", "gateway", "config", "check"]
+    done = subprocess.run(command, cwd=tmp_path, env=usual | wrong, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stdout
+    problems = [line for line in done.stderr.splitlines() if line]
+    assert problems and all(told(line) for line in problems), done.stderr
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("wrong", [{"REDIS_URL": "localhost"}, {"NATS_URL": "http://localhost"}, {}], ids=str)
+def test_the_guide_knows_what_ends_a_start(tmp_path: Path, chat_model: Path, wrong: dict[str, str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        variables = wrong or {"PORT": str(taken.getsockname()[1])}
+        with running_gateway(tmp_path, variables, MODEL_PATH=str(chat_model), ready=False) as gateway:
+            assert gateway.process.wait(9) == 1, gateway.stderr
+            assert any(told(line) for line in gateway.stderr.splitlines() if next(iter(variables)) in line)

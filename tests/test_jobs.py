@@ -21,6 +21,7 @@ from gateway.workers.jobs import (
     kind_of,
     pause_before_next,
 )
+from gateway.workers.nats_job import is_reply_subject, names_in
 
 FINAL, FAILED, RETURNED = Kind.FINAL, Kind.FAILED, Kind.RETURNED
 
@@ -164,3 +165,48 @@ def test_models_that_would_share_a_name() -> None:
     assert collisions(["a.b", "c", "d"]) == []
     (problem,) = collisions(["a.b", "c", "a-b", "a b"])
     assert problem == "models a.b, a b: all are called 'a_b' in NATS subjects; rename all but one"
+
+
+@pytest.mark.parametrize(
+    ("subject", "usable"),
+    [
+        ("_INBOX.abc.1", True),
+        ("answers.of-me_2/x", True),
+        ("inference.reply.x", True),
+        ("", False),
+        (".a", False),
+        ("a..b", False),
+        ("a.", False),
+        ("a.*", False),
+        ("a.>", False),
+        ("a b", False),
+        ("a\r\nPUB x 0", False),
+        ("a\x00", False),
+        ("größe", False),
+        ("x" * 600, False),
+        ("$JS.API.STREAM.PURGE.INFERENCE", False),
+        ("inference.request.tiny", False),
+        ("inference.dead.tiny", False),
+        ("inference.cancel.x", False),
+    ],
+)
+def test_where_an_answer_may_go(subject: str, usable: bool) -> None:
+    assert is_reply_subject(subject) is usable
+
+
+@pytest.mark.parametrize(
+    ("payload", "names"),
+    [
+        (b'{"req_id": "a", "reply_to": "b"}', ("a", "b")),
+        (b'{"req_id": "two words", "reply_to": "$SYS"}', ("two words", None)),
+        (b'{"req_id": 5, "reply_to": ["b"]}', (None, None)),
+        (b'{"req_id": "", "reply_to": ""}', (None, None)),
+        (b'{"req_id": "' + b"x" * 300 + b'"}', (None, None)),
+        (b"{not json", (None, None)),
+        (b"[]", (None, None)),
+    ],
+)
+def test_names_are_found_in_jobs_that_are_no_use_otherwise(
+    payload: bytes, names: tuple[str | None, str | None]
+) -> None:
+    assert names_in(payload) == names

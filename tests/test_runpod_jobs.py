@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gateway.errors import BadRequest, CorralError, ModelNotFound, NotFound, PayloadTooLarge
 from gateway.pipeline.call import Call, parse_json_object
@@ -108,6 +111,23 @@ def test_the_list_of_models(route: str) -> None:
 def test_what_is_refused(given: Any, error: type[CorralError], about: str) -> None:
     with pytest.raises(error, match=about):
         read_job(given, MOST)
+
+
+NAMES = "openai_route openai_input input prompt messages params sampling_params apply_chat_template raw stream model"
+KEYS = st.sampled_from(NAMES.split())
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["hi", "/v1/embeddings", "\ud800"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@given(VALUES | st.dictionaries(KEYS, VALUES, max_size=5))
+def test_whatever_a_job_holds_it_becomes_a_call_or_is_refused(given: Any) -> None:
+    with contextlib.suppress(CorralError):
+        asked = read_job(given, MOST)
+        if not asked.models:
+            filled(given)
 
 
 def test_too_deep_a_job_is_refused() -> None:

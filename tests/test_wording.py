@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 
 from gateway.stores.wording import MOST_CHARACTERS, gist
-from tests.wording_pairs import NEAR_MISSES, PARAPHRASES
+from tests.wording_pairs import NEAR_MISSES, PARAPHRASES, UNSEEN_NEAR_MISSES
 
 ALIKE = 0.7  # of the paraphrases; docs/CACHE.md has the numbers
 
@@ -81,4 +85,27 @@ def test_what_has_no_gist(text: str) -> None:
     ],
 )
 def test_small_things_that_matter(one: str, other: str) -> None:
+    assert gist(one) != gist(other)
+
+
+@hypothesis.given(st.text(max_size=MOST_CHARACTERS))
+def test_any_text(text: str) -> None:
+    found = gist(text)
+    assert found is None or all(found)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["how tall is ", "what is the ", "please ", "explain for me ", "of the ", "a", "a ", "'s ", "how much do a cost "],
+    ids=repr,
+)
+def test_nothing_takes_long(piece: str) -> None:
+    text = (piece * MOST_CHARACTERS)[:MOST_CHARACTERS]
+    began = time.process_time()
+    gist(text)
+    assert time.process_time() - began < 0.1
+
+
+@pytest.mark.parametrize(("one", "other"), UNSEEN_NEAR_MISSES)
+def test_unseen_near_misses(one: str, other: str) -> None:
     assert gist(one) != gist(other)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 FADE = 0.98  # what a past request still counts for after the next: the last fifty or so decide
 ENOUGH = 20  # requests that must have been measured before anybody is turned away on a forecast
-BIAS_STEP = 1.005
+BIAS_STEP = 1.002
 MOST_BIAS = 4.0
 FIRST_GUESS = 1.0  # seconds a place is held, before anything was measured
 

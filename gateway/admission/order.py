@@ -10,9 +10,9 @@ A pure structure: the clock is passed in, nothing is awaited. The rules, by numb
 3. Inside a level, each key has a line of its own and a tag: the tokens that it was served, by its weight, on the
    level's virtual clock. The line with the least tag is served, and its tag grows by the cost of what was served.
    What was expected is charged at the start and corrected when it is known.
-4. A key that comes, or comes back, begins where its first request ends at the clock: it is soon served, and gets
-   nothing more for its absence. Its debts stay, until the clock has passed them, or nobody has had to wait for
-   FORGIVE_SECONDS.
+4. A key that comes, or comes back, begins a usual request before the clock: it is soon served, behind those who came
+   so before it, and gets nothing more for its absence. Its debts stay, until the clock has passed them, or nobody has
+   had to wait for FORGIVE_SECONDS.
 5. The clock goes on with what was really served, shared among all keys that wait or run: as far as the tag of a key
    that has just its share. However many new keys come, each begins later than the one before.
 
@@ -33,6 +33,7 @@ LEVELS = {"high": HIGH, "normal": NORMAL, "low": LOW}
 LONGEST_AGING = LOW * AGING_SECONDS
 FADE = 0.999  # how the shares of the levels fade with each request
 RATIO_STEP = 0.1
+USUAL_STEP = 0.05
 MOST_LOST = 0.8  # no forecast reckons with more than this being taken by those who come later
 _SLACK = 64  # how many dead things are not worth a clearing
 
@@ -86,6 +87,7 @@ class _Level:
     def __init__(self, aging: float) -> None:
         self.aging = aging  # seconds after which its oldest does not stand behind the levels above any more
         self.spent = self.fresh = 0.0  # faded sums of costs: all that was served, and to those who came just then
+        self.usual = 0.0  # the cost of a request, at the mean
         self.turn = 0  # the number of the last pop that was its own
         self.ages: OrderedDict[Entry, None] = OrderedDict()  # all who wait, the oldest first
         self.clock = 0.0
@@ -106,7 +108,7 @@ class _Level:
         self.weight += entry.weight - (line.weight if line.waiting or line.open else 0.0)
         line.weight = entry.weight
         if not line.waiting:
-            line.tag = max(line.tag, self.clock - entry.cost / entry.weight)  # rule 4
+            line.tag = max(line.tag, self.clock - (self.usual or entry.cost) / entry.weight)  # rule 4
             line.served = 0.0
             self.busy += 1
             self._queue(line)
@@ -132,6 +134,7 @@ class _Level:
         if not line.served:
             self.fresh += entry.cost
         line.served += entry.cost
+        self.usual += USUAL_STEP * (entry.cost - self.usual) if self.usual else entry.cost
         line.open += 1
         line.running += entry.cost
         self.remove(entry)
@@ -184,7 +187,7 @@ class _Level:
         """What is served before one who comes now, if nobody else comes, in tokens as they will really be;
         when the level will be due while it waits; and whether later ones will go before it."""
         own = self.lines.get(entry.key)
-        tag, before = self.clock - entry.cost / entry.weight, 0.0
+        tag, before = self.clock - (self.usual or entry.cost) / entry.weight, 0.0
         if own is not None:
             before = own.backlog * own.reached(ratio)
             tag = own.settled(ratio) + before / own.weight if own.waiting else max(tag, own.settled(ratio))
@@ -197,7 +200,8 @@ class _Level:
                 due = min(due, next(iter(line.waiting)).arrived + self.aging)
                 continue
             backlog = line.backlog * line.reached(ratio)
-            share = (tag - at) * line.weight + backlog / len(line.waiting) / 2
+            mean = backlog / len(line.waiting)
+            share = max(mean, (tag - at) * line.weight + mean / 2)
             # One who has had more than it has waiting goes on asking, as far as one can tell.
             before += share if line.served > line.backlog else min(share, backlog)
         return before, due, tag > self.clock

@@ -32,18 +32,26 @@ def run(args: argparse.Namespace) -> int:
 def _what_to_do(args: argparse.Namespace, screen: Screen) -> tuple[str | None, bool]:
     """What is said first, and whether the talk goes on after that. Raises Failed."""
     if args.input is not None:
-        text = sys.stdin.read() if args.input == "-" else args.input
+        text = _all_of_stdin() if args.input == "-" else args.input
         if args.input == "-" and args.interactive:
             raise Failed("--input - takes all of stdin, and -i would read on there", 2)
     elif args.interactive or screen.talks:
         return None, True
-    elif sys.stdin.isatty():
+    elif screen.typed:
         raise Failed("nothing to say: give --input TEXT, or -i to talk", 2)
     else:
-        text = sys.stdin.read()
+        text = _all_of_stdin()
     if not text.strip():
         raise Failed("the input is empty: give --input TEXT, or pipe a text in", 2)
     return text, args.interactive
+
+
+def _all_of_stdin() -> str:
+    """Raises Failed."""
+    try:
+        return sys.stdin.read() if sys.stdin is not None else ""
+    except UnicodeDecodeError:
+        raise Failed("the input is not UTF-8", 2) from None
 
 
 def _params(args: argparse.Namespace) -> dict[str, Any]:

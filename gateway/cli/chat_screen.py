@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 
 from gateway.cli.chat_talk import Piece
-from gateway.cli.client import one_line
+from gateway.cli.client import Failed, one_line
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 _CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -18,8 +18,9 @@ class Screen:
     """`variables` are those of the terminal: TERM and NO_COLOR."""
 
     def __init__(self, variables: Mapping[str, str]) -> None:
-        self.talks = sys.stdin.isatty() and sys.stdout.isatty()
         self._tty = sys.stdout.isatty()
+        self.typed = sys.stdin is not None and sys.stdin.isatty()  # there is none where it was closed
+        self.talks = self.typed and self._tty
         clever = variables.get("TERM", "dumb") != "dumb"
         self._dims = self._tty and clever and not variables.get("NO_COLOR")
         self._column_used = self._thinking = False
@@ -30,7 +31,7 @@ class Screen:
             _edit_lines()
 
     def read(self) -> str:
-        """One message: a line, and further ones as long as they end in a backslash. Raises EOFError."""
+        """One message: a line, and further ones as long as they end in a backslash. Raises EOFError, Failed."""
         lines = [self._line(PROMPT)]
         while lines[-1].endswith("\\"):
             lines[-1] = lines[-1][:-1]
@@ -39,7 +40,12 @@ class Screen:
 
     def _line(self, prompt: str) -> str:
         self._column_used = False
-        return input(prompt if self.talks else "")
+        if sys.stdin is None:
+            raise EOFError
+        try:
+            return input(prompt if self.talks else "")
+        except UnicodeDecodeError:
+            raise Failed("the line is not UTF-8") from None
 
     def piece(self, piece: Piece) -> None:
         """Shows it at once. Thoughts are for who watches, not for a pipe."""
@@ -68,7 +74,7 @@ class Screen:
         self._write(text + "\n")
 
     def error(self, text: str) -> None:
-        self._fresh_line()
+        self.end_answer()
         print(f"corral chat: {one_line(text)}", file=sys.stderr, flush=True)
 
     def _turn(self, thinking: bool) -> None:

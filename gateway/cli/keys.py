@@ -262,7 +262,7 @@ def _expiry(text: str | None, now: float) -> float | None:
         raise _Failed(
             f"--expires must be 30d, 24h, 60m or a time such as 2027-01-31T12:00:00Z, not '{text}'", 2
         ) from None
-    if moment <= now:
+    if moment <= now or duration == 0:
         raise _Failed(f"--expires: '{text}' has passed already", 2)
     return moment
 

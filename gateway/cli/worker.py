@@ -12,7 +12,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "worker",
         help="take jobs from a queue",
         description="Take jobs from a queue instead of requests by HTTP. Settings are those of `corral serve`.",
-        epilog="examples:\n  NATS_URL=nats://127.0.0.1:4222 corral worker nats\n  MODEL_NAME=qwen.gguf corral worker runpod",
+        epilog="examples:\n  NATS_URL=nats://127.0.0.1:4222 corral worker nats\n"
+        "  MODEL_NAME=qwen.gguf corral worker runpod",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="queues", required=True, metavar="QUEUE")

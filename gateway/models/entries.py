@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import re
 import shlex
@@ -43,9 +45,21 @@ def read_entries(models: Any, models_dir: Path, file: Path) -> tuple[list[ModelS
     specs, problems = [], []
     for name, values in models.items():
         entry = _Entry(name, values, models_dir, file)
-        specs.append(entry.spec())
+        specs.append(_watched(entry.spec(), entry))
         problems += entry.problems
     return specs, problems + _name_problems(models, specs)
+
+
+def _watched(spec: ModelSpec, entry: _Entry) -> ModelSpec:
+    again = functools.partial(_read_again, entry.name, entry.values, entry.folder, entry.file)
+    return dataclasses.replace(spec, look_again=again) if spec.problem else spec
+
+
+def _read_again(name: str, values: Any, models_dir: Path, file: Path) -> ModelSpec:
+    """What was right in the entry may be wrong by now, such as a template's file that has gone."""
+    entry = _Entry(name, values, models_dir, file)
+    spec = entry.spec()
+    return _watched(dataclasses.replace(spec, problem="; ".join(entry.problems) or spec.problem), entry)
 
 
 class _Entry:

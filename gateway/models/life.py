@@ -65,8 +65,10 @@ class Living(Ending):
                 self._stir.set()
 
     async def _until_wanted(self) -> None:
-        """And until the back-off after a crash is over."""
+        """And until the back-off after a crash is over. What speaks against it is told without its being wanted."""
         while True:
+            if self.state is not ModelState.FAILED and (problem := await self._look_again()):
+                self._fail(problem)
             left: float | None = None
             if self._wanted and self.state is not ModelState.FAILED:
                 left = self._not_before - time.monotonic()
@@ -81,8 +83,6 @@ class Living(Ending):
 
     async def _serve_once(self) -> tuple[bool, str] | None:
         """One life of a server. None if it was unloaded on purpose, else whether it had been ready and why it ended."""
-        if self.spec.problem:
-            raise OSError(self.spec.problem)
         means = self._means
         path = self.spec.path
         if path is None:

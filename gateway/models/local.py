@@ -54,6 +54,8 @@ class LocalOwner(Living):
             self._stale = True
             if not self.leases:
                 self._go_stale()
+        else:
+            self._wake.set()  # there may be something against it now
 
     def kill(self) -> None:
         self._closing = True  # its end is no crash

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 
 from gateway.backend import Backend
@@ -63,7 +63,7 @@ class Manager:
             owner.start()
         self._spawn(self.look(), "look at the memory")
         if self.registry.preload_all and not self.registry.single:
-            self._spawn(self._preload_what_fits(), "preload")
+            self._spawn(self._preload_what_fits(list(self.owners)), "preload")
             return
         for model_id in self.registry.preload:
             self._keep(model_id)
@@ -188,7 +188,11 @@ class Manager:
             if owner.kept and model_id not in registry.preload:
                 owner.kept = False
                 self._board.release(model_id)
-        for model_id in registry.preload if not registry.preload_all else ():
+        if registry.preload_all and not registry.single:
+            new = [*changes.added, *changes.changed] if old.preload_all else list(registry.specs)
+            self._spawn(self._preload_what_fits(new), "preload")
+            return changes
+        for model_id in registry.preload:
             if model_id not in old.preload or not self.owners[model_id].kept:
                 self._keep(model_id)
         return changes
@@ -234,13 +238,15 @@ class Manager:
         self._board.require(model_id)
         owner.want()
 
-    async def _preload_what_fits(self) -> None:
+    async def _preload_what_fits(self, new: Sequence[str]) -> None:
+        """Of the models in `new`, those that fit beside the ones that are kept already."""
         needs: dict[str, Need] = {}
-        for model_id, owner in self.owners.items():
-            needs[model_id] = await owner.estimate() if isinstance(owner, LocalOwner) else {}
+        for model_id, owner in sorted(self.owners.items(), key=lambda item: not item[1].kept):
+            if isinstance(owner, LocalOwner) and not owner.spec.problem and (owner.kept or model_id in new):
+                needs[model_id] = await owner.estimate()
         chosen = preload_what_fits(needs, self.landlord.budget)
-        for model_id in needs:
-            if model_id in chosen:
+        for model_id in (name for name in new if name in self.owners and not self.owners[name].kept):
+            if model_id in chosen or model_id not in needs:  # what takes no memory here fits
                 self._keep(model_id)
             else:
                 self._board.release(model_id)

@@ -262,6 +262,15 @@ class Owner(ABC):
         if status.state is ModelState.FAILED:
             raise ModelFailed(f"{self.spec.id} has failed: {status.error_message}", retry_after=60)
 
+    async def _look_again(self) -> str | None:
+        """What speaks against this model before it is tried, by now."""
+        spec = self.spec
+        if spec.problem and spec.look_again is not None:
+            seen = await asyncio.to_thread(spec.look_again)
+            if self.spec is spec:  # else it was configured otherwise meanwhile
+                self.spec = seen
+        return self.spec.problem
+
     async def _learn(self, backend: Backend) -> None:
         """Ask the server for its slots and context; one that does not tell is used with what is configured."""
         import msgspec

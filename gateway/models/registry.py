@@ -201,6 +201,8 @@ def _no_such(name: str, known: Iterable[str]) -> str:
 def _with_common(spec: ModelSpec, settings: Settings) -> ModelSpec:
     """With what a models file says of all models together, where the model itself and the environment are silent."""
     system = _section(settings.file, "system")
+    if (again := spec.look_again) is not None:
+        spec = dataclasses.replace(spec, look_again=lambda: _with_common(again(), settings))
     if spec.url is not None:
         return spec
     env, flags = spec.env, spec.flags

@@ -24,6 +24,7 @@ class RemoteOwner(Owner):
     def __init__(self, spec: ModelSpec, board: Board, events: Events, connect: Callable[[ModelSpec], Backend]) -> None:
         super().__init__(spec, board, events)
         assert spec.url is not None
+        self._connect = connect
         self._server = connect(spec)
         self._met = secrets.token_hex(8)
         self._shown = spec.url.partition("://")[0] + "://" + spec.url.partition("://")[2].rpartition("@")[2]
@@ -59,8 +60,7 @@ class RemoteOwner(Owner):
 
     async def _live(self) -> None:
         if self.spec.problem:
-            self._failed(self.spec.problem)
-            return
+            await self._until_mended()
         self._set(ModelState.LOADING)
         while True:
             healthy = await self._healthy()
@@ -75,6 +75,15 @@ class RemoteOwner(Owner):
                     await self._wake.wait()
             except TimeoutError:
                 continue
+
+    async def _until_mended(self) -> None:
+        while problem := await self._look_again():
+            self._failed(problem)
+            while self.state is ModelState.FAILED:  # a reset lets it be looked at anew
+                self._wake.clear()
+                await self._wake.wait()
+        self._server.close()
+        self._server = self._connect(self.spec)  # with the key that it lacked
 
     def _gone(self) -> None:
         self._not_ready()

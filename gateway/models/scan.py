@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -77,7 +78,7 @@ def scan(folder: Path) -> list[ModelSpec]:
     """Every model under `folder`. Raises ConfigError where two would have one id."""
     models = find_models(folder)
     siblings = {parent: _siblings(parent) for parent in {path.parent for path in models}}
-    specs = [dataclasses.replace(_described(path, siblings[path.parent]), embedding=_embeds(path)) for path in models]
+    specs = [_scanned(path, siblings[path.parent]) for path in models]
     first: dict[str, ModelSpec] = {}
     problems = []
     for spec in specs:
@@ -127,6 +128,12 @@ def _described(path: Path, siblings: Sequence[str]) -> ModelSpec:
         prompt_template=template,
         problem=problem,
     )
+
+
+def _scanned(path: Path, siblings: Sequence[str] | None = None) -> ModelSpec:
+    spec = _described(path, _siblings(path.parent) if siblings is None else siblings)
+    again = functools.partial(_scanned, path) if spec.problem else None
+    return dataclasses.replace(spec, embedding=_embeds(path), look_again=again)
 
 
 def _siblings(folder: Path) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,3 +36,5 @@ class ModelSpec:
     prompt_template: PromptTemplate | None = None
     embedding: bool | None = None  # None: the file's header decides when the model is loaded
     problem: str | None = None  # why this model cannot be loaded, known before it is tried
+    # for one with a problem: the model as its files and variables are by then; blocking
+    look_again: Callable[[], ModelSpec] | None = field(default=None, compare=False, repr=False)

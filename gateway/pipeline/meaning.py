@@ -25,6 +25,7 @@ log = logging.getLogger("corral.cache")
 LOOK_SECONDS = 1.0  # for a vector, while a client waits
 KEEP_SECONDS = 60.0  # for one, when its answer has been given: the embedding model may have to be loaded
 MOST_KEEPING = 32
+LOADING_SECONDS = 0.05  # between two looks at a load
 MOST_REPLY = 1 << 20
 
 _TOOLS = ("tools", "functions", "tool_choice", "function_call")
@@ -57,7 +58,7 @@ class Sought:
 class Meaning:
     def __init__(self, name: str, embed: Embed, index: Meanings, similarity: float) -> None:
         self._name, self._embed, self._index, self._similarity = name, embed, index, similarity
-        self._keeping: set[asyncio.Task[None]] = set()
+        self._keeping: dict[str, asyncio.Task[None]] = {}  # by kin: vectors that are still being made
 
     async def sought(self, request: Request, call: Call, about: Sequence[str]) -> Sought | None:
         """None where the request is none whose meaning can be told. `about` is all else that must agree."""
@@ -66,7 +67,11 @@ class Meaning:
             return None
         text, words, rest = plain
         kin = replace(request, fields=rest).key("meaning", *about, *words)
-        return Sought(text, kin, await self._embed(text, LOOK_SECONDS))
+        until = asyncio.get_running_loop().time() + LOOK_SECONDS
+        vector = await self._embed(text, LOOK_SECONDS)
+        if vector is not None and (keeping := self._keeping.get(kin)) is not None:  # it may be the very one
+            await asyncio.wait((keeping,), timeout=max(0.0, until - asyncio.get_running_loop().time()))
+        return Sought(text, kin, vector)
 
     async def nearest(self, sought: Sought) -> str | None:
         """The key of the answer to the nearest prompt, if it is near enough."""
@@ -80,10 +85,10 @@ class Meaning:
         """The answer is there under `key`. Returns at once."""
         if sought.vector is not None:
             self._index.keep(f"{sought.kin} {sought.vector.space}", sought.vector.values, key)
-        elif len(self._keeping) < MOST_KEEPING:
+        elif len(self._keeping) < MOST_KEEPING and sought.kin not in self._keeping:
             task = asyncio.create_task(self._keep_later(sought, key), name="embed a prompt")
-            self._keeping.add(task)
-            task.add_done_callback(self._keeping.discard)
+            self._keeping[sought.kin] = task
+            task.add_done_callback(lambda _: self._keeping.pop(sought.kin, None))
 
     async def _keep_later(self, sought: Sought, key: str) -> None:
         vector = await self._embed(sought.text, KEEP_SECONDS)
@@ -91,7 +96,7 @@ class Meaning:
             self._index.keep(f"{sought.kin} {vector.space}", vector.values, key)
 
     async def clear(self) -> None:
-        for task in self._keeping:
+        for task in self._keeping.values():
             task.cancel()
         await self._index.clear()
 
@@ -99,10 +104,11 @@ class Meaning:
         return {"model": self._name, "similarity": self._similarity, "entries": self._index.entries}
 
     async def close(self) -> None:
-        for task in self._keeping:
+        keeping = list(self._keeping.values())
+        for task in keeping:
             task.cancel()
-        if self._keeping:
-            await asyncio.wait(self._keeping)
+        if keeping:
+            await asyncio.wait(keeping)
         self._embed.close()
         await self._index.close()
 
@@ -133,6 +139,7 @@ class HerdEmbedder:
 
     def __init__(self, manager: Manager, queues: Mapping[str, Queue], model_id: str) -> None:
         self._manager, self._queues, self._id = manager, queues, model_id
+        self._told: str | None = None  # what was logged last
 
     async def __call__(self, text: str, seconds: float) -> Vector | None:
         try:
@@ -142,24 +149,46 @@ class HerdEmbedder:
             log.debug("no vector of %s: %s", self._id, error)
             return None
 
-    async def _vector(self, text: str, seconds: float) -> Vector | None:
-        owner, queue = self._manager.owners.get(self._id), self._queues.get(self._id)
-        if owner is None or queue is None:
-            return None  # a reload has taken it away
-        if owner.backend is None:
-            plan = await self._manager.plan(self._id) if owner.spec.url is None else None
-            if plan is not None and (plan.evict or not plan.fits):
-                return None
+    async def load(self) -> bool:
+        """Ask for it, unless it is loaded, or somebody would have to go for it; whether it may be waited for."""
+        owner = self._manager.owners.get(self._id)
+        if owner is None or self._id not in self._queues:
+            return False  # a reload has taken it away
+        if owner.backend is None and owner.spec.url is None:
+            plan = await self._manager.plan(self._id)
+            if plan.evict or plan.blocked_by or not plan.fits:
+                self._tell(f"{self._id} is not loaded for the semantic cache: {plan.reason}")
+                return False
             owner.load()
-            if seconds <= LOOK_SECONDS:
-                return None
+        return True
+
+    async def _vector(self, text: str, seconds: float) -> Vector | None:
         deadline = asyncio.get_running_loop().time() + seconds
-        async with queue.place(Ticket("the cache", 1, len(text), deadline, priority="high")):
+        if not await self._loaded():
+            return None
+        async with self._queues[self._id].place(Ticket("the cache", 1, len(text), deadline, priority="high")):
+            owner = self._manager.owners.get(self._id)
+            if owner is None or owner.backend is None:
+                return None  # a lease would load it, whoever has to go for it
             async with self._manager.lease(self._id) as lease:
-                backend = await lease.backend(deadline)
-                values = await vector_of(backend, text)
+                values = await vector_of(await lease.backend(deadline), text)
                 space = owner.started_as
+        if not values:
+            self._tell(f"{self._id} gives no vectors: the semantic cache needs an embedding model")
         return Vector(f"{self._id} {space}", values) if values and space else None
+
+    async def _loaded(self) -> bool:
+        """Whether it has been loaded; to be bounded by who waits for it."""
+        while await self.load():
+            if self._manager.owners[self._id].backend is not None:
+                return True
+            await asyncio.sleep(LOADING_SECONDS)
+        return False
+
+    def _tell(self, what: str) -> None:
+        if what != self._told:
+            self._told = what
+            log.warning("%s", what)
 
     def close(self) -> None:
         return  # the model is the manager's

@@ -23,7 +23,7 @@ class Recording:
         self._answer = answer
         self._too_large = too_large
         self.meter: Meter = answer.meter
-        self.content_type = "application/json"
+        self._content_type = "application/json"
         self._progress: ProgressFilter | None = None
         self._parts: list[bytes] = []
         self._size = 0
@@ -33,16 +33,15 @@ class Recording:
     def failure(self) -> CorralError | None:
         return self._answer.failure
 
-    @property
-    def body(self) -> bytes | None:
-        """None where it did not come to its end, or is too large."""
+    def made(self, now: float) -> Stored | None:
+        """None where it did not come to its end, or is too large; `now` is unix seconds."""
         whole = self._complete and self.failure is None and self._size <= MOST_ENTRY
-        return b"".join(self._parts) if whole else None
+        return Stored(b"".join(self._parts), self._content_type, now) if whole else None
 
     def begin(self, reply: Reply, *, skip_progress: bool = False) -> None:
         self._parts, self._size, self._complete = [], 0, False  # of a server that died nothing has been passed on
         self._progress = ProgressFilter() if skip_progress else None
-        self.content_type = reply.headers.get("content-type", self.content_type)
+        self._content_type = reply.headers.get("content-type", self._content_type)
         self._answer.begin(reply, skip_progress=skip_progress)
 
     def feed(self, raw: bytes, payload: bytes, last: bool) -> None:
@@ -56,7 +55,7 @@ class Recording:
 
     def whole(self, status: int, content_type: str, body: bytes) -> None:
         self._parts, self._size = [], 0
-        self.content_type = content_type
+        self._content_type = content_type
         self._keep(body)
         self._complete = status == 200
         self._answer.whole(status, content_type, body)

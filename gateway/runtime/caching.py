@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from gateway.environment import instance_name
 from gateway.errors import ConfigError
 
 if TYPE_CHECKING:
-    from gateway.pipeline.meaning import Meaning
+    from gateway.pipeline.meaning import HerdEmbedder, Meaning
     from gateway.runtime import Runtime
     from gateway.stores.cache import Answers
     from gateway.stores.db import Place
@@ -44,7 +45,7 @@ async def caching(runtime: Runtime) -> AsyncIterator[None]:
             cache.stamp = contents = Contents()
             stack.callback(contents.close)
         if settings.cache_embedding_model:
-            cache.meaning = meaning = _meaning(runtime, settings.cache_embedding_model)
+            cache.meaning = meaning = _meaning(runtime, settings.cache_embedding_model, stack)
             stack.push_async_callback(meaning.close)
         runtime.spine.cache = cache
         try:
@@ -64,7 +65,7 @@ def _answers(runtime: Runtime) -> Answers:
     return FileAnswers(_place(runtime, "cache"), settings.cache_ttl_seconds)
 
 
-def _meaning(runtime: Runtime, name: str) -> Meaning:
+def _meaning(runtime: Runtime, name: str, stack: contextlib.AsyncExitStack) -> Meaning:
     from gateway.backend import Backend
     from gateway.pipeline.meaning import Embed, HerdEmbedder, Meaning, RemoteEmbedder
     from gateway.stores.semantic import DEFAULT_SIMILARITY, Meanings
@@ -81,9 +82,20 @@ def _meaning(runtime: Runtime, name: str) -> Meaning:
                 [f"CACHE_EMBEDDING_MODEL={name!r}: must be a model of the models file or of MODELS_DIR, or a URL"]
             )
         shown, embed = spec.id, HerdEmbedder(runtime.manager, runtime.queues, spec.id)
+        stack.enter_context(_loading(embed))
     index = Meanings(_place(runtime, "meanings"), settings.cache_ttl_seconds)
     similarity = DEFAULT_SIMILARITY if settings.cache_similarity is None else settings.cache_similarity
     return Meaning(shown, embed, index, similarity)
+
+
+@contextlib.contextmanager
+def _loading(embed: HerdEmbedder) -> Iterator[None]:
+    """The embedding model is asked for at the start, so that the first prompts find it."""
+    task = asyncio.create_task(embed.load(), name="load the embedding model")
+    try:
+        yield
+    finally:
+        task.cancel()
 
 
 def _place(runtime: Runtime, what: str) -> Place:

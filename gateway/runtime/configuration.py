@@ -40,6 +40,11 @@ def check_configuration(settings: Settings) -> tuple[Registry, Path | None]:
         problems += error.problems
     if settings.nats_url is not None:
         problems += _check_nats(settings, registry)
+    if settings.llama_url and settings.llama_api_key_file:
+        try:
+            foreign_key(settings.llama_api_key_file)
+        except ConfigError as error:
+            problems += error.problems
     if problems or registry is None:
         raise ConfigError(problems)
     return registry, binary
@@ -55,6 +60,20 @@ def _check_nats(settings: Settings, registry: Registry | None) -> list[str]:
     elif creds is not None and importlib.util.find_spec("nkeys") is None:
         problems.append("NATS_CREDS_FILE is set, and nkeys is not installed: pip install 'nats-py[nkeys]'")
     return problems
+
+
+def foreign_key(path: Path) -> str:
+    """What LLAMA_API_KEY_FILE holds. Raises ConfigError."""
+    place = f"LLAMA_API_KEY_FILE={str(path)!r}"
+    try:
+        key = path.read_text(encoding="ascii").strip()
+    except OSError as error:
+        raise ConfigError([f"{place}: {error.strerror}"]) from None
+    except UnicodeDecodeError:
+        raise ConfigError([f"{place}: must hold one key, in letters, digits and signs"]) from None
+    if not key or not key.isprintable():
+        raise ConfigError([f"{place}: must hold one key; it {'holds more' if key else 'is empty'}"])
+    return key
 
 
 def changed_settings(old: Settings, new: Settings) -> list[str]:

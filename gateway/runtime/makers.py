@@ -26,6 +26,7 @@ from gateway.models.registry import ModelSpec
 from gateway.models.remote import RemoteOwner
 from gateway.models.room import Landlord
 from gateway.pipeline.account import Accounts
+from gateway.runtime.configuration import foreign_key
 from gateway.settings import Settings
 from gateway.state import Board
 
@@ -58,9 +59,9 @@ def owner_maker(
         key = secret_named(spec.api_key_env) if spec.api_key_env else None
         path = settings.llama_api_key_file if spec.url == settings.llama_url else None
         try:
-            key = path.read_text().strip() if path else key
-        except OSError as error:
-            raise ConfigError([f"LLAMA_API_KEY_FILE={str(path)!r}: {error.strerror}"]) from None
+            key = foreign_key(path) if path else key
+        except ConfigError as error:  # it was there when the configuration was checked: that server will want a key
+            log.error("%s", error.problems[0])
         if key:
             logs.add_secret(key)
         return connect(spec.url, key)

@@ -143,6 +143,10 @@ class KeyRing:
         now = self._now()
         return next((key for key in reversed(self._table.keys) if key.id == key_id and not key.expired(now)), None)
 
+    def knows(self, key_id: str) -> bool:
+        """Whether there is a key of that id, be it expired."""
+        return any(key.id == key_id for key in self._table.keys)
+
     @property
     def usable(self) -> bool:
         now = self._now()

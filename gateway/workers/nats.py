@@ -14,7 +14,6 @@ import os
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
 
-import msgspec
 from nats.aio.msg import Msg
 
 from gateway.environment import instance_name
@@ -23,6 +22,7 @@ from gateway.runtime import Runtime
 from gateway.state import ModelState, ServiceState
 from gateway.stores.keyfile import Key
 from gateway.workers.nats_cancel import Cancels
+from gateway.workers.nats_health import Health, Served
 from gateway.workers.nats_job import Delivery, InHand
 from gateway.workers.nats_layout import CANCEL_SUBJECT, REQUEST_SUBJECT, ensure_consumer, lay_out
 from gateway.workers.nats_link import Away, Link, servers_of
@@ -34,7 +34,6 @@ from gateway.workers.nats_work import Means, Work
 log = logging.getLogger("corral.nats")
 
 KEY_ID = "nats"
-HEALTH_SECONDS = 30.0
 END_SECONDS = 5.0  # to say the last word on jobs, when the service ends
 POLITE_SECONDS = 1.0  # between looks for jobs that lie waiting while all places are taken
 FAILED_SECONDS = 5.0  # between jobs for a model that has failed here, and may do elsewhere
@@ -50,7 +49,7 @@ async def taking_jobs(runtime: Runtime) -> AsyncIterator[Worker]:
         async with worker.link.kept():
             tasks = [
                 asyncio.create_task(worker.tell_progress(), name="NATS progress"),
-                asyncio.create_task(worker.tell_health(), name="NATS health"),
+                asyncio.create_task(worker.health.tell(), name="NATS health"),
             ]
             try:
                 yield worker
@@ -78,7 +77,7 @@ class Worker:
         self._warned: set[str] = set()
         self._ending = False
         self._key_missed = False
-        self._health = asyncio.Event()
+        self.health = Health(runtime, self.link, self.name, self._served)
         self._means = Means(
             runtime=runtime,
             link=self.link,
@@ -126,7 +125,7 @@ class Worker:
         await self._cancels.learn()
         for model in self._models.values():
             model.puller.renew()
-        self._health.set()
+        self.health.look()
 
     async def consumer(self, name: str) -> float:
         """See to it that it is there; gives its ack wait in seconds. Raises Away."""
@@ -172,7 +171,7 @@ class Worker:
     def _board_changed(self, model_id: str | None) -> None:
         if model_id is None and self._draining:
             self._take_no_more()
-        self._health.set()
+        self.health.look()
 
     def _take_no_more(self) -> None:
         """What NATS has sent already still comes, and is given back at once."""
@@ -257,7 +256,10 @@ class Worker:
         self._key_missed = not usable
         return key if usable else None
 
-    # --- what is told regularly
+    # --- what is told
+
+    def _served(self) -> list[Served]:
+        return [Served(model.id, name, len(model.in_hand)) for name, model in self._models.items()]
 
     async def tell_progress(self) -> None:
         """JetStream gives a job to another worker when it hears nothing of it."""
@@ -269,41 +271,6 @@ class Worker:
                     hand.progress_due = now + hand.ack_wait / 3
                     with contextlib.suppress(Away):
                         await self.link.publish(hand.delivery.ack, b"+WPI")
-
-    async def tell_health(self) -> None:
-        """At each change of a state, and each HEALTH_SECONDS."""
-        told: dict[str, object] = {}
-        due = 0.0
-        while True:
-            await self.link.up.wait()
-            self._health.clear()
-            now = time.monotonic()
-            all_of_them, due = (True, now + HEALTH_SECONDS) if now >= due else (False, due)
-            for name, model in list(self._models.items()):
-                health = self._health_of(model)
-                states = (health["status"], health["service"])
-                if all_of_them or told.get(name) != states:
-                    with contextlib.suppress(Away):
-                        await self.link.publish(f"models.{name}.health", msgspec.json.encode(health))
-                        told[name] = states
-            await asyncio.sleep(0.1)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(0.0, due - time.monotonic())):
-                    await self._health.wait()
-
-    def _health_of(self, model: _Model) -> dict[str, object]:
-        status, queue = self._runtime.board.models.get(model.id), self._runtime.queues.get(model.id)
-        return {
-            "model": model.id,
-            "status": status.state if status else ModelState.OFF,
-            "service": self._runtime.board.status,
-            "worker": self.name,
-            "slots": queue.capacity if queue else 0,
-            "active": queue.active if queue else 0,
-            "waiting": queue.waiting if queue else 0,
-            "jobs": len(model.in_hand),
-            "ts": time.time(),
-        }
 
 
 class _Model:

@@ -19,7 +19,8 @@ from gateway.pipeline.routes import max_wait, priority
 from gateway.stores.keyfile import Key
 
 MOST_ID_CHARACTERS = 256
-_SUBJECT = re.compile(r"[^\s.*>$][^\s.*>]*(\.[^\s.*>]+)*")
+MOST_SUBJECT_CHARACTERS = 512
+_SUBJECT = re.compile(r"(?!\$)[!-)+-\-/-=?-~]+(\.[!-)+-\-/-=?-~]+)*")  # ASCII that one sees, but for * and >
 _OURS = ("inference.request.", "inference.dead.", "inference.cancel.")
 
 
@@ -123,7 +124,9 @@ def read_job(delivery: Delivery, most_bytes: int) -> Job:
 
 def is_reply_subject(subject: str) -> bool:
     """No job may make its worker say something to NATS itself, or to other workers."""
-    return len(subject) <= 1024 and bool(_SUBJECT.fullmatch(subject)) and not subject.startswith(_OURS)
+    if len(subject) > MOST_SUBJECT_CHARACTERS or subject.startswith(_OURS):
+        return False
+    return _SUBJECT.fullmatch(subject) is not None
 
 
 def call_for(job: Job, delivery: Delivery, key: Key, model_id: str, *, stream: bool) -> Call:

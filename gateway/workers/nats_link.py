@@ -26,6 +26,7 @@ PING_SECONDS = 10  # two that stay unanswered, and the server counts as gone
 CALL_SECONDS = 5.0
 LONGEST_PAUSE = 15.0
 CLOSE_SECONDS = 2.0
+MOST_REFUSALS = 10
 
 
 class Away(Exception):
@@ -103,19 +104,25 @@ class Link:
         return self._client.new_inbox()
 
     async def surely(self, work: Callable[[], Awaitable[T]], seconds: float = float("inf")) -> T:
-        """What `work` gives, tried until NATS is there. Raises Away when `seconds` are over."""
-        end = asyncio.get_running_loop().time() + seconds
+        """What `work` gives, tried until NATS is there.
+
+        Raises Away when `seconds` are over, and where NATS is there and refuses it again and again.
+        """
+        loop = asyncio.get_running_loop()
+        end, refused = loop.time() + seconds, 0
         while True:
             try:
                 with reaching():
                     return await work()
-            except Away:
-                left = end - asyncio.get_running_loop().time()
-                if left <= 0:
+            except Away as error:
+                refused += self.up.is_set()
+                left = end - loop.time()
+                if left <= 0 or refused >= MOST_REFUSALS:
                     raise
+                log.debug("NATS: %s; it is tried again", error)
+                await asyncio.sleep(min(left, RETRY_SECONDS))
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(min(left, LONGEST_PAUSE)):
-                        await asyncio.sleep(min(left, RETRY_SECONDS))
+                    async with asyncio.timeout(end - loop.time() if seconds < float("inf") else None):
                         await self.up.wait()
 
     @contextlib.asynccontextmanager
@@ -150,6 +157,8 @@ class Link:
                     self._tell("the connection is lost")
             except Away as error:
                 self._tell(str(error))
+            except Exception:
+                log.exception("the connection to NATS broke; another one is made")
             finally:
                 self.up.clear()
                 self._is_up(0)

@@ -81,6 +81,10 @@ class Puller:
                 self._expected, self._sound = 0, False
                 await self._pause(RETRY_SECONDS * 2)
                 continue
+            except Exception:
+                log.exception("asking for jobs of %s broke; it is done again", self._name)
+                await self._pause(RETRY_SECONDS * 2)
+                continue
             await self._pause(OPEN_SECONDS + 2 if self._expected else LOOK_SECONDS)
             if self._expected and not self._news.is_set():
                 self._expected = 0  # the end of the request was lost on the way

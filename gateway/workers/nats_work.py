@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,10 +30,12 @@ from gateway.workers.jobs import (
     pause_before_next,
     why_failed,
 )
-from gateway.workers.nats_job import InHand, Job, call_for, names_in, read_job
+from gateway.workers.nats_job import InHand, Job, call_for, is_reply_subject, names_in, read_job
 from gateway.workers.nats_layout import DEAD_SUBJECT, REQUEST_SUBJECT
 from gateway.workers.nats_link import Away, Link
 from gateway.workers.nats_store import Store, answer_key
+
+log = logging.getLogger("corral.nats")
 
 CROWDED_SECONDS = 0.2
 
@@ -87,6 +90,8 @@ class Work:
         delivery = self._hand.delivery
         own, reply_to = names_in(delivery.data)
         heard = self._means.reply_of(REQUEST_SUBJECT + self._subject, delivery.data)
+        if heard is not None and not is_reply_subject(heard):
+            heard = None
         return own or delivery.fallback_id, reply_to or heard
 
     async def _answered(self) -> tuple[bytes, str]:
@@ -124,6 +129,10 @@ class Work:
             run.cancel()
         if run.cancelled():
             raise Cancelled() if hand.cancelled else ShuttingDown("the service is shutting down")
+        broken = run.exception()
+        if broken is not None and not isinstance(broken, CorralError):
+            log.error("a job broke off", exc_info=broken, extra={"request_id": hand.req_id})
+            raise CorralError("something went wrong inside the gateway")
         return run.result()
 
     async def _run(self, call: Call) -> bytes:
@@ -182,15 +191,16 @@ class Work:
     async def _bury(self, attempts: Attempts, reason: str) -> None:
         hand, delivery, link = self._hand, self._hand.delivery, self._means.link
         letter = dead_letter(hand.req_id, hand.model, delivery.data, reason, delivery.deliveries, attempts)
-        body = msgspec.json.encode(letter)
-        if len(body) > link.most_bytes:
-            body = delivery.data  # it came in a message, so it fits; the reason stands in the headers
         headers = {
             "Nats-Msg-Id": f"dead-{delivery.key}",
             "Corral-Req-Id": _header(hand.req_id),
             "Corral-Reason": _header(reason),
         }
-        await self._surely(lambda: link.js.publish(DEAD_SUBJECT + self._subject, body, headers=headers))
+        subject, body = DEAD_SUBJECT + self._subject, msgspec.json.encode(letter)
+        if len(body) > link.most_bytes:  # the job came in a message, so it fits alone
+            await self._surely(lambda: link.js.publish(subject, delivery.data))
+            body = msgspec.json.encode(letter | {"job": None})
+        await self._surely(lambda: link.js.publish(subject, body, headers=headers))
         self._means.runtime.events.emit("job.dead", f"{hand.req_id}: {reason}", model=hand.model)
 
     def _failure(self, error: CorralError) -> str:
@@ -228,4 +238,4 @@ class Work:
 
 
 def _header(text: str) -> str:
-    return " ".join(text.split())[:1000].encode("ascii", "replace").decode()
+    return "".join(letter if " " <= letter <= "~" else "?" for letter in text[:300])

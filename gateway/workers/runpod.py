@@ -11,7 +11,9 @@ import asyncio
 import contextlib
 import importlib
 import logging
+import sys
 import threading
+import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +27,7 @@ from gateway.workers.runpod_handler import Handler, Job
 log = logging.getLogger("corral.runpod")
 
 POLL_SECONDS = 90.0  # RunPod holds a question for a job open for less
+LEAST_SECONDS = 0.25  # between two questions that bring nothing
 REPORT_SECONDS = 5.0  # for the last answers to reach RunPod, after the grace
 _LEVELS = {"ERROR": logging.ERROR, "WARN": logging.WARNING, "INFO": logging.DEBUG, "TIP": logging.DEBUG}
 MISSING = "the runpod SDK is not installed: pip install 'corral[runpod]', or docker build --build-arg EXTRAS=runpod"
@@ -45,8 +48,9 @@ class SDK:
 
 
 def load_sdk() -> SDK:
-    """Blocking: importing it takes more than a second. Raises ConfigError where it is not installed."""
+    """Blocking: importing it takes most of a second. Raises ConfigError where it is not installed."""
     base = "runpod.serverless.modules"
+    _spare_the_survey()
     try:
         job = importlib.import_module(f"{base}.rp_job")
         state = importlib.import_module(f"{base}.worker_state")
@@ -66,6 +70,13 @@ def load_sdk() -> SDK:
         state.JobsProgress(),
         state.PingJobMirror,
     )
+
+
+def _spare_the_survey() -> None:
+    """At its import the SDK looks for more than a second at what processor this is; only its debugger would show it."""
+    survey = types.ModuleType("cpuinfo")
+    survey.get_cpu_info = lambda: {"brand_raw": "unknown"}  # type: ignore[attr-defined]
+    sys.modules.setdefault("cpuinfo", survey)
 
 
 def _quieten(logger: Any) -> None:
@@ -89,20 +100,23 @@ async def take_jobs(runtime: Runtime, stop: asyncio.Event, hurry: asyncio.Event)
     _start_heartbeat(sdk)
     ready, failed = asyncio.Event(), asyncio.Event()
     with _watched(runtime, ready, failed):
-        if await _first_of(ready, failed, stop) is not ready:
-            return _given_up(runtime) if failed.is_set() else 0
+        await _first_of(ready, failed, stop)
+        if not ready.is_set():
+            return _outcome(runtime, failed)
         runtime.events.emit("server.ready", "taking jobs from RunPod's queue")
         async with _taking(runtime, sdk, hurry) as taking:
             taking.add_done_callback(lambda _: stop.set())  # it never ends by itself
             await _first_of(stop, failed)
+            code = _outcome(runtime, failed)
             if taking.done():
                 taking.result()
-        return _given_up(runtime) if failed.is_set() else 0
+        return code
 
 
-def _given_up(runtime: Runtime) -> int:
-    log.error("no jobs are taken any more, this worker ends: %s", runtime.board.detail)
-    return 1
+def _outcome(runtime: Runtime, failed: asyncio.Event) -> int:
+    if failed.is_set():
+        log.error("no jobs are taken any more, this worker ends: %s", runtime.board.detail)
+    return int(failed.is_set())
 
 
 @contextlib.contextmanager
@@ -157,8 +171,12 @@ class Taker:
             if self._handler.places() <= len(self.running):
                 await asyncio.wait(self.running.values(), timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
                 continue
-            for job in await fetch.ask() or ():
+            asked_at = asyncio.get_running_loop().time()
+            jobs = await fetch.ask() or ()
+            for job in jobs:
                 self._begin(job)
+            if not jobs:  # RunPod holds a question open; where it does not, it would be asked without end
+                await asyncio.sleep(max(0.0, asked_at + LEAST_SECONDS - asyncio.get_running_loop().time()))
 
     async def hear_stops(self) -> None:
         hear = _Patient(lambda: self._sdk.stops(self._session))
@@ -169,7 +187,7 @@ class Taker:
                     log.info("RunPod stops the job", extra={"request_id": job_id})
                     self.running[job_id].cancel()
             if not stops:
-                await asyncio.sleep(1)  # a server that does not hold the question open would be asked without end
+                await asyncio.sleep(1)
 
     def _begin(self, job: Job) -> None:
         if not isinstance(job, dict) or not isinstance(job.get("id"), str) or job["id"] in self.running:

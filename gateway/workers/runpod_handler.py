@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from gateway.errors import CorralError, InsufficientScope, ModelNotFound, ShuttingDown
+from gateway.errors import CorralError, ExpiredKey, InsufficientScope, ModelNotFound, ShuttingDown
 from gateway.pipeline.account import Record
 from gateway.pipeline.call import Call
 from gateway.pipeline.events import collected, events_of
@@ -119,7 +120,7 @@ class Handler:
         """How many jobs to have at once: the places of the models that are loaded, or else of the smallest one."""
         models, queues = self._runtime.board.models, self._runtime.queues
         ready = [queue.capacity for name, queue in queues.items() if models[name].state is ModelState.READY]
-        return sum(ready) or min((queue.capacity for queue in queues.values()), default=1)
+        return max(1, sum(ready) or min((queue.capacity for queue in queues.values()), default=1))
 
     async def handle(self, job: Job) -> AsyncIterator[Any]:
         """The job's outputs; what went wrong is one too, `{"error": …}`, at which the SDK fails the job."""
@@ -130,6 +131,7 @@ class Handler:
                 return
             call = self._call(asked, str(job.get("id", "")))
         except CorralError as error:
+            self._refused(job, error)
             yield failure(error)
             return
         run = _Run(self._runtime, call)
@@ -151,8 +153,26 @@ class Handler:
             sdk_task.remove_done_callback(run.leave)
             await run.left()
 
+    def _refused(self, job: Job, error: CorralError) -> None:
+        """Writes down a job that cannot become a call."""
+        request_id, traceparent = identity(sane_id(str(job.get("id", ""))), None)
+        record = Record(
+            ts=time.time(),
+            request_id=request_id,
+            trace_id=traceparent[3:35],
+            key_id=KEY_ID,
+            route="",
+            method="POST",
+            transport="runpod",
+            stream=False,
+            status=error.status,
+            error=error.code,
+        )
+        self._runtime.accounts.refused(record)
+        log.info("the job is refused: %s", error.message, extra={"request_id": request_id})
+
     def _call(self, asked: Asked, job_id: str) -> Call:
-        """Raises BadRequest, InvalidJSON, InsufficientScope."""
+        """Raises BadRequest, InvalidJSON, ExpiredKey, InsufficientScope."""
         key = self._key()
         plain = asked.plain
         request_id, traceparent = identity((plain and plain.req_id) or sane_id(job_id), None)
@@ -174,7 +194,11 @@ class Handler:
         return call
 
     def _key(self) -> Key:
-        key = self._runtime.keys.by_id(KEY_ID) or UNLIMITED
+        keys = self._runtime.keys
+        key = keys.by_id(KEY_ID)
+        if key is None and keys.knows(KEY_ID):  # what it forbade does not become allowed
+            raise ExpiredKey(f"the key {KEY_ID}, on which jobs count, has expired")
+        key = key or UNLIMITED
         if not key.has("infer"):
             raise InsufficientScope(f"the key {KEY_ID} lacks the scope infer")
         return key

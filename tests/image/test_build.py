@@ -103,3 +103,16 @@ print(json.dumps({
         "writable": [],
         "left": [],
     }
+
+
+def test_with_its_extra_the_image_has_runpods_sdk(engine: Engine, images: Images) -> None:
+    with engine.locked():
+        image = engine.build("Dockerfile.cpu", EXTRAS="runpod")
+    code = """
+import json, sys
+sys.path.insert(0, "/opt/corral")
+from gateway.workers.runpod import load_sdk
+print(json.dumps(load_sdk().jobs.get_job_count()))
+"""
+    assert python(engine, image, code) == 0
+    assert engine.inspect(image)["Size"] - engine.inspect(images.cpu)["Size"] < 150e6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import os
@@ -15,11 +16,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import nats
 import pytest
 import yaml
 
 from tests.house import ADMIN, USER, Gateway, eventually, free_port
 from tests.monitoring.test_files import DASHBOARD, FOLDER, RULES, panels
+from tests.nats_kit import NatsServer, running_nats
 from tests.real.herd import ask, herd, make_models, rows
 from tests.redis_kit import RedisServer, running_redis
 
@@ -57,7 +60,13 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory: pytest.TempPathFactory, redis: RedisServer) -> Iterator[Gateway]:
+def queue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
+    with running_nats(tmp_path_factory.mktemp("nats")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory, redis: RedisServer, queue: NatsServer) -> Iterator[Gateway]:
     """Two models, of which one may be loaded; everything that has a metric is switched on."""
     folder = tmp_path_factory.mktemp("watched")
     models = folder / "models"
@@ -71,6 +80,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory, redis: RedisServer) -> Ite
     (folder / "api_keys.txt").write_text("".join(f"{key}\n" for key in keys))
     more = {
         "REDIS_URL": redis.url,
+        "NATS_URL": queue.url,
         "CACHE_ENABLED": "true",
         "METRICS_AUTH_ENABLED": "true",
         "MAX_QUEUE_SIZE": "1",
@@ -134,8 +144,19 @@ def crash(gateway: Gateway, model: str) -> None:
     assert ask(gateway, model, text="after the crash").status == 200
 
 
-def test_no_query_is_empty_and_alerts_come(watched: Gateway, redis: RedisServer, prometheus: Prometheus) -> None:
+async def send_job(queue: NatsServer, model: str) -> None:
+    client = await nats.connect(queue.url)
+    await client.jetstream().publish(
+        f"inference.request.{model}", json.dumps({"input": "hi", "max_tokens": 4}).encode()
+    )
+    await client.close()
+
+
+def test_no_query_is_empty_and_alerts_come(
+    watched: Gateway, redis: RedisServer, queue: NatsServer, prometheus: Prometheus
+) -> None:
     since = time.time()
+    asyncio.run(send_job(queue, "m0"))
     busy(watched)
     crash(watched, "m1")
     eventually(lambda: len(prometheus.values("gateway_auth_failures_total", since)) >= 2)

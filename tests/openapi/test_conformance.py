@@ -114,6 +114,7 @@ def part_of(method: str, operation: dict[str, Any]) -> str:
     return "generation" if operation["tags"] == ["Generation"] else "rest"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     ("part", "phases", "examples"),

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import shutil
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,21 +16,13 @@ import openai
 import pytest
 
 from scripts.make_model import make_model
+from tests.cache_kit import FEW, OTHER, how, stats, write_keys
 from tests.house import ADMIN, USER, Gateway, Response, eventually, running_gateway
 from tests.real.llama import running_llama
 from tests.real.scrape import Growth
 from tests.redis_kit import running_redis
 
-pytestmark = pytest.mark.real
-
-OTHER = "sk-other-0123456789abcdefghijABCDEFGHIJ"
-FEW = "sk-few-0123456789abcdefghijABCDEFGHIJ"
-KEYS = [f"admin:{ADMIN}:0 scope=admin", f"user:{USER}:0", f"other:{OTHER}:0", f"few:{FEW}:3 tpm=100"]
-
-
-def write_keys(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "api_keys.txt").write_text("\n".join(KEYS) + "\n")
+pytestmark = [pytest.mark.real, pytest.mark.timeout(30)]
 
 
 @contextlib.contextmanager
@@ -47,20 +40,6 @@ def gateway(tmp_path_factory: pytest.TempPathFactory, chat_model: Path) -> Itera
 
 def ask(gateway: Gateway, text: str, **fields: Any) -> Response:
     return gateway.chat(text, **({"temperature": 0} | fields))
-
-
-def how(reply: Response) -> str | None:
-    assert reply.status == 200, reply.body
-    return reply.headers.get("x-cache")
-
-
-def stats(gateway: Gateway) -> dict[str, Any]:
-    found: dict[str, Any] = gateway.get("/v1/cache/stats", key=ADMIN).json()
-    return found
-
-
-def stored(gateway: Gateway, more_than: int) -> bool:
-    return bool(stats(gateway)["stored"] > more_than)
 
 
 # --- what the rule stands on
@@ -359,6 +338,25 @@ def test_what_is_cached_loads_no_model(tmp_path: Path, embedding_model: Path) ->
         assert (how(second), second.body) == ("hit", first.body)
         states = {row["model_id"]: row["state"] for row in gateway.get("/status", key=ADMIN).json()["instances"]}
         assert states == {"embed": "off", "spare": "off"}
+
+
+def test_a_foreign_server(tmp_path: Path, chat_model: Path) -> None:
+    """Nobody knows what it serves when it comes back."""
+    with running_llama(chat_model) as llama, caching(tmp_path, LLAMA_URL=f"http://127.0.0.1:{llama.port}") as gateway:
+        assert [how(ask(gateway, "x")) for _ in range(2)] == ["miss", "hit"]
+        gateway.stop()
+        with caching(tmp_path, LLAMA_URL=f"http://127.0.0.1:{llama.port}") as again:
+            assert [how(ask(again, "x")) for _ in range(2)] == ["miss", "hit"]
+
+
+def test_a_kill_spoils_nothing(tmp_path: Path, chat_model: Path) -> None:
+    with caching(tmp_path, MODEL_PATH=str(chat_model)) as gateway:
+        for number in range(20):
+            assert how(ask(gateway, f"kill {number}")) == "miss"
+        eventually(lambda: stats(gateway)["entries"] == 20)
+        gateway.stop(signal.SIGKILL)
+    with caching(tmp_path, MODEL_PATH=str(chat_model)) as gateway:
+        assert {how(ask(gateway, f"kill {number}")) for number in range(20)} == {"hit"}
 
 
 def test_off_by_default(tmp_path: Path, chat_model: Path) -> None:

@@ -13,13 +13,14 @@ import pytest
 
 from gateway.stores.semantic import DEFAULT_SIMILARITY
 from gateway.stores.wording import gist
+from tests.cache_kit import OTHER, how, stats, write_keys
 from tests.house import ADMIN, ROOT, Gateway, Response, eventually, running_gateway
 from tests.minilm import make_minilm
+from tests.real.herd import states
 from tests.real.llama import running_llama
-from tests.real.test_cache import OTHER, how, stats, write_keys
 from tests.wording_pairs import NEAR_MISSES, PARAPHRASES, UNSEEN_NEAR_MISSES, UNSEEN_PARAPHRASES
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.timeout(60)]
 
 Pairs = Sequence[tuple[str, str]]
 Vectors = Mapping[str, Sequence[float]]
@@ -44,13 +45,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory, minilm: Path, chat_model: 
     write_keys(folder)
     variables = {"MODELS_DIR": str(models), "DEFAULT_MODEL": "tiny", "CACHE_ENABLED": "true", "CTX": "2048"}
     with running_gateway(folder, variables, CACHE_EMBEDDING_MODEL="minilm") as running:
-        running.request("POST", "/v1/models/load", {"model": "minilm"}, key=ADMIN)
-
-        def loaded() -> bool:
-            rows = running.get("/status", key=ADMIN).json()["instances"]
-            return any(row["model_id"] == "minilm" and row["state"] == "ready" for row in rows)
-
-        eventually(loaded, 8)
+        eventually(lambda: states(running)["minilm"] == "ready", 8)  # by itself
         yield running
 
 
@@ -71,7 +66,6 @@ def test_a_paraphrase_gets_the_answer(gateway: Gateway) -> None:
     gateway.request("POST", "/v1/cache/clear", key=ADMIN)
     first = ask(gateway, "What is the capital of France?")
     assert how(first) == "miss"
-    kept(gateway, 1)
     second = ask(gateway, "Could you please tell me what the capital of France is?")
     assert (how(second), second.body) == ("semantic", first.body)
     assert "age" in second.headers
@@ -138,7 +132,23 @@ def test_each_near_miss_is_asked_anew(gateway: Gateway) -> None:
             assert how(ask(gateway, f"{text}")) != "semantic", kind
 
 
-@pytest.mark.timeout(30)
+def test_no_model_goes_for_the_embedding_model(tmp_path: Path, minilm: Path, chat_model: Path) -> None:
+    """With room for one of them only, the semantic cache is as if it were not there, and says so."""
+    folder = tmp_path / "house"
+    write_keys(folder)
+    config = {"models": {"chat": {"model_path": str(chat_model)}, "minilm": {"model_path": str(minilm)}}}
+    (tmp_path / "models.json").write_text(json.dumps(config | {"system": {"max_concurrent_models": 1}}))
+    variables = {"CONFIG_PATH": str(tmp_path / "models.json"), "CACHE_ENABLED": "true", "CTX": "512"}
+    with running_gateway(folder, variables, CACHE_EMBEDDING_MODEL="minilm") as gateway:
+        assert how(ask(gateway, "Who wrote Hamlet?", model="chat")) == "miss"
+        assert how(ask(gateway, "Who is the author of Hamlet?", model="chat")) in ("miss", "semantic")
+        assert how(ask(gateway, "Why is the sky blue?", model="chat")) == "miss"
+        assert states(gateway) == {"chat": "ready", "minilm": "off"}
+        assert how(ask(gateway, "Please tell me why the sky is blue.", model="chat")) == "miss"
+        eventually(lambda: "minilm is not loaded for the semantic cache" in gateway.stderr)
+        assert how(ask(gateway, "Who wrote Hamlet?", model="chat")) == "hit"
+
+
 def test_the_embedding_model_is_asked_elsewhere(tmp_path: Path, minilm: Path, chat_model: Path) -> None:
     """By its address; and while it is away, nobody waits for it."""
     write_keys(tmp_path)
@@ -222,7 +232,6 @@ def table(vectors: Vectors) -> list[str]:
     return lines
 
 
-@pytest.mark.timeout(60)
 def test_no_near_miss_at_the_default_threshold(vectors: Vectors) -> None:
     for kind, pairs in {**NEAR_MISSES, "unseen": UNSEEN_NEAR_MISSES}.items():
         assert hits(vectors, pairs, DEFAULT_SIMILARITY, worded=True) == 0, kind
@@ -230,7 +239,6 @@ def test_no_near_miss_at_the_default_threshold(vectors: Vectors) -> None:
     assert hits(vectors, UNSEEN_PARAPHRASES, DEFAULT_SIMILARITY, worded=True) > 0.5 * len(UNSEEN_PARAPHRASES)
 
 
-@pytest.mark.timeout(60)
 def test_the_table_of_the_docs(vectors: Vectors) -> None:
     """Derived again. Another build or processor may move a pair over a threshold: by one in a cell, not by more."""
     found = [line for line in DOC.read_text().splitlines() if line.startswith("|") and "→" in line]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.house import Gateway
-from tests.nats_kit import NatsServer, impatient, office, running_nats, running_worker, until_async
+from tests.nats_kit import NatsServer, impatient, office, running_nats, running_worker, until, until_async
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(120)]
 
@@ -80,6 +80,35 @@ async def test_a_thousand_jobs_over_three_workers_that_are_killed(tmp_path: Path
         for told in here.answers.values():
             assert all(again == told[0] for again in told), "a repeated answer is the same"
             assert "error" not in told[0] and told[0]["tokens_out"] >= 5
+
+
+async def test_nats_killed_in_the_middle_of_many_jobs(tmp_path: Path, chat_model: Path) -> None:
+    jobs = 300
+    async with AsyncExitStack() as stack:
+        server = stack.enter_context(running_nats(tmp_path / "nats"))
+        await impatient(server, "tiny", ack_wait=2.0)
+        here = await stack.enter_async_context(office(server))
+        for number in range(2):
+            stack.enter_context(running_worker(tmp_path / f"worker-{number}", server, chat_model))
+        sent = {f"job-{number}": {"input": "hi", "params": {"max_tokens": 50}} for number in range(jobs)}
+        for req_id, job in sent.items():
+            await here.send("tiny", {"req_id": req_id} | job)
+        for _ in range(2):
+            seen = len(here.answers)
+            await until(lambda: len(here.answers) >= seen + 20)  # noqa: B023  # awaited here
+            server.kill()
+            await until(lambda: not here.client.is_connected)
+            server.start()
+            await until(lambda: here.client.is_connected)
+        await until_async(lambda: here.unfinished("tiny"), 0, 60)
+        await here.client.flush()
+        lost = [req_id for req_id in sent if req_id not in here.answers]  # sent while we were away, too
+        for req_id in lost:
+            await here.send("tiny", {"req_id": req_id} | sent[req_id])
+        await until(lambda: sorted(here.answers) == sorted(sent))
+        assert not await here.dead("tiny")
+        assert all(again == told[0] for told in here.answers.values() for again in told)
+        assert all(told[0]["tokens_out"] == 50 for told in here.answers.values())
 
 
 async def test_ten_thousand_jobs_that_wait_take_no_memory_of_a_worker(tmp_path: Path, slow_model: Path) -> None:

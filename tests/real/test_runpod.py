@@ -98,6 +98,8 @@ def test_what_goes_wrong_fails_the_job_with_the_errors_fields(platform: Platform
         done = platform.result(platform.put(f"wrong-{number}", given))
         assert set(done) == {"error"}, done
         assert json.loads(done["error"])["code"] == code
+        record = recorded(worker.data_dir, f"wrong-{number}")
+        assert (record["error"], record["transport"], record["key_id"]) == (code, "runpod", "runpod")
 
 
 def test_the_models_are_listed(platform: Platform, worker: Worker) -> None:
@@ -128,15 +130,15 @@ def running(worker: Worker) -> int:
     raise AssertionError("no llama-server")
 
 
-@pytest.mark.parametrize("held", [False, True], ids=["streaming", "while RunPod takes a part"])
-def test_a_job_that_is_stopped_frees_its_slot(platform: Platform, worker: Worker, held: bool) -> None:
-    job_id = f"stopped-{held}"
-    if held:
+@pytest.mark.parametrize("how", ["streaming", "whole", "while RunPod takes a part"])
+def test_a_job_that_is_stopped_frees_its_slot(platform: Platform, worker: Worker, how: str) -> None:
+    job_id = f"stopped-{how.split()[0]}"
+    if how.startswith("while"):
         platform.hold.clear()
     try:
-        platform.put(job_id, LONG)
-        eventually(lambda: platform.streamed.get(job_id))
-        assert running(worker) == 1
+        platform.put(job_id, LONG | {"stream": how != "whole"})
+        eventually(lambda: running(worker) == 1)
+        eventually(lambda: how == "whole" or platform.streamed.get(job_id))
         platform.stops.put(job_id)
         eventually(lambda: running(worker) == 0, 5)
     finally:

@@ -67,6 +67,23 @@ def test_a_client_is_told_what_its_job_waits_for(tmp_path: Path, chat_model: Pat
     assert all(one["model"] == "b" for one in told) and "loading" in {one["state"] for one in told}
 
 
+def test_an_answer_that_breaks_off_fails_the_job(tmp_path: Path, chat_model: Path) -> None:
+    broken = fake_llama.install(tmp_path)
+    with Platform().serving() as alone:
+        variables = alone.variables() | {"MODEL_PATH": str(chat_model), "LLAMA_SERVER_PATH": str(broken)}
+        with running_worker(tmp_path / "w", **variables):
+            for number, command in enumerate(("error=2", "cut=2", "end=2")):
+                said = [{"role": "user", "content": f"{{{{fake: {command}}}}}"}]
+                for stream in (True, False):
+                    alone.put(f"{number}-{stream}", openai_job(stream, messages=said, max_tokens=40))
+            told = {
+                job_id: alone.result(job_id, 20) for job_id in (f"{n}-{s}" for n in range(3) for s in (True, False))
+            }
+    assert {job_id: json.loads(done["error"])["code"] for job_id, done in told.items()} == {
+        job_id: "backend_error" for job_id in told
+    }
+
+
 def test_a_second_signal_ends_it_at_once(tmp_path: Path, slow_model: Path) -> None:
     with Platform().serving() as alone:
         with running_worker(tmp_path, **alone.variables(), MODEL_PATH=str(slow_model)) as worker:

@@ -67,6 +67,25 @@ def test_one_job_by_the_command_line(tmp_path: Path, chat_model: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        (" models=other-*", "model_not_allowed"),
+        (" scope=metrics", "insufficient_scope"),
+        (" budget=5/day", "insufficient_quota"),
+        (":10:2020-01-01T00:00:00Z", "expired_api_key"),
+    ],
+)
+def test_a_key_of_that_name_limits_jobs(tmp_path: Path, chat_model: Path, line: str, code: str) -> None:
+    keys = tmp_path / "keys.txt"
+    keys.write_text(f"runpod:sk-runpod-0123456789abcdefghij{line}\n")
+    keys.chmod(0o600)
+    job = json.dumps({"input": {"input": "hi", "params": {"max_tokens": 30}}})
+    done = run_once(tmp_path, chat_model, "--test_input", job, AUTH_KEYS_FILE=str(keys))
+    assert done.returncode == 1, done.stdout
+    assert json.loads(json.loads(done.stdout)["error"])["code"] == code
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "line"),
     [
         ([], 1, "corral: RUNPOD_WEBHOOK_GET_JOB is not set: "),

@@ -10,7 +10,7 @@ const LINGER = 2_000; // a tab that was hidden only for a moment keeps its strea
 const SHOWN_REQUESTS = 50;
 const HISTORY = 60;
 const CROWD = 20; // requests since the last look: nobody can read as fast
-const CROWD_PAUSE = 10_000;
+const CROWD_PAUSE = 15_000;
 
 let session = null; // an AbortController: all that runs ends with it
 let signedOut = () => {};
@@ -41,7 +41,7 @@ export function signOut(reason = "") {
   Object.assign(known, {
     signedIn: false, me: null, server: null, instances: null, memory: null, pulse: null, history: [], requests: [], usage: null,
   });
-  for (const map of [known.models, known.about, known.queues]) map.clear();
+  for (const map of [known.models, known.about, known.usedAt]) map.clear();
   signedOut(reason);
   changed("who");
 }
@@ -70,7 +70,7 @@ function start() {
     run(followPulse(ends));
     run(every(3, ends, fetchRequests));
   } else {
-    run(every(3, ends, fetchQueues));
+    run(every(4, ends, fetchQueues));
   }
 }
 
@@ -128,7 +128,6 @@ async function followStatus(ends) {
     opened: () => {
       link({ state: "live" });
       lastId = null; // what came before may have been another gateway
-      fetchAbout(ends).catch(() => {});
     },
     heard: heardStatus,
     lost: (reason, retryAt) => link({ state: "lost", reason, retryAt }),
@@ -142,10 +141,12 @@ function heardStatus({ name, data }) {
   if (name === "full_status") {
     known.server = told.server;
     known.models = new Map(Object.entries(told.models));
+    lookSoon();
   } else if (name === "model_update") {
     const { id, ...row } = told;
+    const before = known.models.get(id);
     known.models.set(id, row);
-    fetchMemorySoon();
+    if (row.status !== before?.status || row.vram_used_mb !== before?.vram_used_mb) lookSoon();
   } else if (name === "server_update") {
     known.server = told;
   }
@@ -159,11 +160,12 @@ async function followPulse(ends) {
     },
     silence: 15_000,
   });
-  if (!there) await every(3, ends, fetchQueues);
+  if (!there) await every(4, ends, fetchQueues);
 }
 
 function pulse(now) {
   known.pulse = now;
+  for (const [id, { active }] of now.models) if (active) known.usedAt.set(id, now.at);
   known.history = [...known.history, now].filter((one) => one.at > now.at - HISTORY);
   changed("pulse");
 }
@@ -212,13 +214,17 @@ async function fetchMemory(ends) {
   changed("memory");
 }
 
-let memoryTimer = null;
-function fetchMemorySoon() {
+let looking = null;
+
+/** What goes with a model's new state: its memory, its places, its context. */
+function lookSoon() {
   const ends = session?.signal;
-  memoryTimer ??= setTimeout(() => {
-    memoryTimer = null;
-    if (ends && !ends.aborted) fetchMemory(ends).catch(() => {});
-  }, 400);
+  looking ??= setTimeout(() => {
+    looking = null;
+    if (!ends || ends.aborted) return;
+    fetchMemory(ends).catch(() => {}); // the next time, then
+    fetchAbout(ends).catch(() => {});
+  }, 200 + 600 * Math.random()); // or all that are open would ask in the same moment
 }
 
 async function fetchAbout(ends) {

@@ -122,7 +122,8 @@ function detailOf(row) {
   if (row.now?.active && !row.now.tokensPerSecond) return " · in use";
   if (row.status === "ready" && row.now?.tokensPerSecond) return ` · ${rate(row.now.tokensPerSecond)} tokens a second`;
   if (row.detail) return ` · ${row.detail}`;
-  return row.last_used_at ? ` · used ${ago((Date.now() - Date.parse(row.last_used_at)) / 1000)}` : "";
+  const used = Math.max(Date.parse(row.last_used_at ?? 0) / 1000, row.memory?.last_used_unix ?? 0, known.usedAt.get(row.id) ?? 0);
+  return used ? ` · used ${ago(Date.now() / 1000 - used)}` : "";
 }
 
 /** One small box a place: filled while it is taken. */

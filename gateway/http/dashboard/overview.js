@@ -62,7 +62,7 @@ function failures() {
   if (!pulse || pulse.failed === null) return { value: NONE, note: "" };
   const recent = pulse.failed - history[0].failed;
   const seconds = Math.round(pulse.at - history[0].at);
-  const since = seconds >= 55 ? "in the last minute" : seconds ? `in the last ${span(seconds)}` : "since you look";
+  const since = seconds >= 55 ? "last minute" : seconds ? `last ${span(seconds)}` : "just now";
   return { value: count(recent), note: `${since} · ${count(pulse.failed)} in all`, level: recent ? "warn" : "" };
 }
 

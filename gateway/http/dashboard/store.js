@@ -8,8 +8,8 @@ export const known = {
   instances: null, // the whole of /status
   models: new Map(), // id → row of the status stream
   about: new Map(), // id → { slots, n_ctx, task, aliases }
-  queues: new Map(), // id → { queued, processing, max_concurrent, … }
   memory: null, // /vram
+  usedAt: new Map(), // id → unix seconds, as seen here: a model's use alone is no news of the status stream
   pulse: null, // the newest snapshot, see pulse.js
   history: [], // the last minute of them
   requests: [], // newest first

@@ -218,7 +218,7 @@ class Errors:
 
     def _more(self, codes: list[str]) -> list[str]:
         status = self._kinds[codes[0]].status
-        limited = ["Retry-After", "x-should-retry", *_RATE_LIMITS]
+        limited = ["Retry-After", "retry-after-ms", "x-should-retry", *_RATE_LIMITS]
         return {401: ["WWW-Authenticate"], 429: limited, 501: ["x-should-retry"], 503: ["Retry-After"]}.get(status, [])
 
     def bare(self, answer: Node) -> Node:

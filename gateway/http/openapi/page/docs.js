@@ -54,9 +54,10 @@ function kind(node) {
 
 function bounds(node) {
   const said = [];
-  if (node.minimum !== undefined) said.push(`from ${node.minimum}`);
+  if (node.minimum !== undefined && node.maximum !== undefined) said.push(`${node.minimum} to ${node.maximum}`);
+  else if (node.minimum !== undefined) said.push(`${node.minimum} or more`);
+  else if (node.maximum !== undefined) said.push(`${node.maximum} at most`);
   if (node.exclusiveMinimum !== undefined) said.push(`more than ${node.exclusiveMinimum}`);
-  if (node.maximum !== undefined) said.push(`to ${node.maximum}`);
   if (node.maxLength !== undefined) said.push(`${node.maxLength} characters at most`);
   if (node.maxItems !== undefined) said.push(`${node.maxItems} at most`);
   if (node.default !== undefined) said.push(`default ${JSON.stringify(node.default)}`);
@@ -148,7 +149,7 @@ function bodyOf(operation) {
 function answerOf(status, given) {
   const answer = resolved(given);
   const label = [h("span", { class: `status ${status < 400 ? "good" : "bad"}` }, status), " ",
-    ...(answer["x-codes"] ?? []).flatMap((code) => [h("code", {}, code), " "]), answer["x-codes"] ? null : answer.description];
+    ...(answer["x-codes"] ?? []).flatMap((code) => [h("code", {}, code), " "]), ...(answer["x-codes"] ? [] : inline(answer.description))];
   return later(label, () => {
     const parts = answer["x-codes"] ? prose(answer.description) : [];
     const headers = Object.keys(answer.headers ?? {});
