@@ -142,7 +142,9 @@ def _read_dotenv(path: Path | None, warnings: list[str] | None = None) -> dict[s
         if line.key is not None and line.value is not None:
             found[line.key] = line.value
         elif warnings is not None and (line.error or line.key is not None):
-            warnings.append(f"{path} line {line.original.line}: is no NAME=value, so it does not count")
+            text = line.original.string
+            blank = text[: len(text) - len(text.lstrip())].count("\n")
+            warnings.append(f"{path} line {line.original.line + blank}: is no NAME=value, so it does not count")
     return found
 
 
@@ -280,6 +282,12 @@ def _cross_check(settings: Settings) -> list[str]:
                 "must be redis://[user:password@]host[:port][/db], rediss://… or unix://…",
             ),
             (
+                "NATS_URL",
+                "…",
+                not _is_nats(settings.nats_url or "nats://x"),
+                "must be nats://host:4222, or several of these with commas between them",
+            ),
+            (
                 "WORKER_TYPE",
                 repr(settings.worker_type),
                 not re.fullmatch(r"[A-Za-z0-9._-]+", settings.worker_type or "x"),
@@ -289,6 +297,16 @@ def _cross_check(settings: Settings) -> list[str]:
         if wrong
     ]
     return problems + _check_networks(settings) + _check_origins(settings) + _check_extra_args(settings)
+
+
+def _is_nats(urls: str) -> bool:
+    """As `workers.nats_link.servers_of` takes them."""
+    try:
+        servers = [url.strip() for url in urls.split(",") if url.strip()] or [""]
+        parts = [urllib.parse.urlsplit(server if "://" in server else f"nats://{server}") for server in servers]
+        return all(one.scheme in ("nats", "tls", "ws", "wss") and one.hostname and one.port != 0 for one in parts)
+    except ValueError:  # the port
+        return False
 
 
 def _is_redis(url: str) -> bool:

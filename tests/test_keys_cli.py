@@ -114,6 +114,12 @@ def test_expiries(corral: Corral, given: str, expires: float) -> None:
     assert corral.keys()[0].expires == expires
 
 
+def test_no_time_at_all_is_no_expiry(corral: Corral) -> None:
+    corral.now += 0.5  # what is left of the second is no reason to make a key that nobody can use
+    assert "has passed" in corral("generate", "--name", "a", "--expires", "0d").err
+    assert not corral.path.exists()
+
+
 def test_a_secret_of_ones_own_is_stored_by_a_slow_hash(corral: Corral) -> None:
     assert corral("generate", "--name", "a", "--secret", OWN).code == 0
     assert "a:$pbkdf2-sha256$" in corral.path.read_text()

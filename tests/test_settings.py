@@ -192,6 +192,7 @@ TEXTS = {
     "EXTRA_ARGS": "-fa on --chat-template 'a b'",
     "LOG_NAME": "my.log-1_x",
     "WORKER_TYPE": "a.b-c_d",
+    "REDIS_URL": "rediss://user:word@host:6380/1",
 }
 
 
@@ -213,6 +214,10 @@ def test_texts(var: Variable) -> None:
         ("MODEL_SHA256", "g" * 64, "must be 64 hexadecimal digits"),
         ("LOG_NAME", "../up", "must be letters"),
         ("LOG_NAME", "a b", "must be letters"),
+        ("LOG_NAME", "..", "must be letters"),
+        ("LOG_NAME", "_boot", "and not _boot"),
+        ("REDIS_URL", "localhost:6379", "must be redis://"),
+        ("REDIS_URL", "redis://:hunter33@host:port", "must be redis://"),
         ("WORKER_TYPE", "a/b", "must be letters"),
         ("PORT_BACKEND", "8000", "must differ from PORT"),
         ("TRUSTED_PROXIES", "10.0.0.0/8,nonsense", "TRUSTED_PROXIES='nonsense': must be addresses or networks"),

@@ -57,6 +57,32 @@ def test_the_dotenv_file_of_the_working_directory_is_the_default(dotenv: Path, m
     assert (settings.port, settings.host) == (4002, "h st")
 
 
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"PORT=1\nHOST=caf\xe9\n", "it is not UTF-8"), (None, "Permission denied")],
+)
+def test_a_dotenv_file_that_cannot_be_read_stops_the_start(
+    content: bytes | None, says: str, dotenv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path, *_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    if content is None:
+        monkeypatch.setattr(Path, "open", refuse)  # root may read everything
+    else:
+        dotenv.write_bytes(content)
+    with pytest.raises(ConfigError) as raised:
+        load({}, dotenv)
+    assert raised.value.problems == [f"{dotenv}: cannot be read: {says}"]
+
+
+def test_lines_of_the_dotenv_file_that_say_nothing_are_told(dotenv: Path) -> None:
+    dotenv.write_bytes(b"\xef\xbb\xbfPORT=4003\r\n# fine\n\nAUTH_ENABLED false\nNGL\nHOST=h\n")
+    settings = load({}, dotenv)
+    assert (settings.port, settings.host, settings.auth_enabled) == (4003, "h", True)
+    assert settings.warnings == tuple(f"{dotenv} line {n}: is no NAME=value, so it does not count" for n in (4, 5))
+
+
 IN_FILE = {var.name: var for var in variables() if var.file}
 
 
@@ -66,7 +92,7 @@ def sample(name: str, number: int) -> str:
         return ("true", "false", "true")[number]
     if kind in (int, float):
         return str(4 + number if name in ("PARALLEL", "THREADS") else 4100 + number)
-    return ("http://a:1", "http://b:1", "http://c:1")[number]
+    return f"{'redis' if name == 'REDIS_URL' else 'http'}://{'abc'[number]}:1"
 
 
 @pytest.mark.parametrize("name", IN_FILE)

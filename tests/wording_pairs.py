@@ -55,6 +55,14 @@ PARAPHRASES = (
     ("Why is the sky blue?", "What makes the sky blue?"),
     ("Why is the sky blue?", "Please tell me why the sky is blue."),
     ("Give me three synonyms for happy.", "List 3 synonyms for happy."),
+    ("How do you make bread?", "How do I make bread?"),
+    ("How do you say hello in Spanish?", "How can I say hello in Spanish?"),
+    ("Where is Mount Fuji located?", "Where is Mount Fuji?"),
+    ("How big is Russia?", "What is the size of Russia?"),
+    ("How far is Rome from Milan?", "What is the distance from Rome to Milan?"),
+    ("Translate 'good night' into French.", "Please translate 'good night' to French."),
+    ("Capital of Peru", "What is the capital of Peru?"),
+    ("Generate a strong password.", "Create a strong password."),
 )
 
 # By what tells the two apart.
@@ -163,6 +171,10 @@ NEAR_MISSES: dict[str, tuple[tuple[str, str], ...]] = {
         ("What did he do?", "What did she do?"),
         ("How can I delete my account?", "How can I delete your account?"),
         ("List all users.", "Delete all users."),
+        ("How do you feel?", "How do I feel?"),
+        ("Where is the key to the house?", "Where is the house?"),
+        ("How big is Russia?", "How big was Russia?"),
+        ("How far is Rome from Milan?", "How far is Rome from Turin?"),
     ),
 }
 

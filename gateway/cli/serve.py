@@ -82,7 +82,10 @@ async def _serve(settings: Settings, writer: LogWriter) -> None:
 
         async with listening(runtime), _jobs_of_nats(runtime):
             reload_on_sighup(runtime)
-            _announce_when_ready(runtime)
+            host = "127.0.0.1" if settings.host in ("0.0.0.0", "::", "") else settings.host
+            announce_when_ready(
+                runtime, f"listening on {settings.host}:{settings.port}", f"http://{host}:{settings.port}/v1 serves"
+            )
             runtime.accept()
             await stop.wait()
             await runtime.drain(hurry)
@@ -124,8 +127,8 @@ def reload_on_sighup(runtime: Runtime) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
 
 
-def _announce_when_ready(runtime: Runtime) -> None:
-    """One stable line on stdout at the first readiness; platforms wait for it."""
+def announce_when_ready(runtime: Runtime, event: str, what: str) -> None:
+    """One stable line on stdout at the first readiness, `what` and the models; platforms wait for it."""
     said = False
 
     def changed(_: str | None) -> None:
@@ -133,12 +136,10 @@ def _announce_when_ready(runtime: Runtime) -> None:
         if said or runtime.board.status is not ServiceState.READY:
             return
         said = True
-        settings = runtime.settings
-        host = "127.0.0.1" if settings.host in ("0.0.0.0", "::", "") else settings.host
         names = ", ".join(runtime.manager.registry.specs)
-        runtime.events.emit("server.ready", f"listening on {settings.host}:{settings.port}")
+        runtime.events.emit("server.ready", event)
         try:
-            print(f"Corral is ready: http://{host}:{settings.port}/v1 serves {names}", flush=True)
+            print(f"Corral is ready: {what} {names}", flush=True)
         except OSError:
             log.warning("stdout is closed; nobody saw the ready line")
 

@@ -5,17 +5,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib
-import logging
 
 from gateway.cli.config import load_configuration
-from gateway.cli.serve import on_signals, reload_on_sighup, run_house
+from gateway.cli.serve import announce_when_ready, on_signals, reload_on_sighup, run_house
 from gateway.errors import ConfigError
 from gateway.logs import LogWriter
-from gateway.runtime import Runtime, open_runtime
+from gateway.runtime import open_runtime
 from gateway.settings import Settings
 from gateway.state import ServiceState
-
-log = logging.getLogger("corral.nats")
 
 _EPILOG = """\
 examples:
@@ -46,28 +43,10 @@ async def _work(settings: Settings, writer: LogWriter) -> None:
         nats = await asyncio.to_thread(importlib.import_module, "gateway.workers.nats")
         async with nats.taking_jobs(runtime):
             reload_on_sighup(runtime)
-            _announce_when_ready(runtime)
+            announce_when_ready(runtime, "taking jobs from NATS", "takes jobs from NATS for")
             runtime.board.set_service(ServiceState.LOADING, "loading")
             runtime.board.refresh()
             await stop.wait()
             await runtime.drain(hurry)
         if hurry.is_set():
             runtime.manager.kill()
-
-
-def _announce_when_ready(runtime: Runtime) -> None:
-    said = False
-
-    def changed(_: str | None) -> None:
-        nonlocal said
-        if said or runtime.board.status is not ServiceState.READY:
-            return
-        said = True
-        names = ", ".join(runtime.manager.registry.specs)
-        runtime.events.emit("server.ready", "taking jobs from NATS")
-        try:
-            print(f"Corral is ready: takes jobs from NATS for {names}", flush=True)
-        except OSError:
-            log.warning("stdout is closed; nobody saw the ready line")
-
-    runtime.board.listen(changed)

@@ -147,7 +147,7 @@ class LiveFeed:
             name: model_row(runtime, name, status, rates) | {"time_to_first_token_ms": first_token(name)}
             for name, status in runtime.board.models.items()
         }
-        about = {"time_to_first_token_ms": first_token(*last), "models": models}
+        about = {"time_to_first_token_ms": first_token(*last), "models": models, "watchers": self._listeners}
         return service(runtime) | work(runtime, self._now, rates) | about | house(runtime, rates)
 
 

@@ -127,10 +127,16 @@ class Record:
     usage: Usage = NO_USAGE
     model_ms: float = 0.0
     cache: str | None = None  # how the response cache answered: hit, miss, semantic
+    replayed: Usage | None = None  # what an answer out of the cache says of itself; this request took nothing
     asked_at: float | None = None
     placed_at: float | None = None
     served: bool = False  # llama-server had it, if only for a part
     number: int = 0  # of those since the start
+
+    @property
+    def told(self) -> Usage:
+        """The answer's tokens, whoever they were computed for."""
+        return self.usage if self.replayed is None else self.replayed
 
 
 class Trickle:

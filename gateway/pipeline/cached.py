@@ -239,6 +239,7 @@ class Seat:
         call.headers_out.append(("age", str(max(0, int(time.time() - found.made_at)))))
         call.reached = True
         await replay(found, answer, stream=call.stream)
+        record.replayed = answer.meter.usage(call.route.dialect, call.stream)
         return False
 
     def _miss(self, record: Record) -> None:

@@ -101,3 +101,6 @@ class NumberedSplice(Splice):
         payload = self._numbering.pass_on(payload, last)
         if payload or last:
             super().feed(frame(payload) if payload else b"", payload, last)
+
+    def _go_straight(self) -> None:
+        """Every event is looked at."""

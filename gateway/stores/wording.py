@@ -50,7 +50,7 @@ _SAME = {
         "movie": "film",
         "photo": "picture image photograph",
         "write": "compose",
-        "create": "make",
+        "create": "make generate",
         "summarize": "summarise",
         "organize": "organise",
         "optimize": "optimise",
@@ -94,6 +94,13 @@ _BEHIND = (
     re.compile(r"^((?:explain|describe|write|show|give|summarize|define|list) .+) (?:for|to) (?:me|us)$"),
 )
 
+# "How do you make bread?" is not about who is asked; "How do you feel?" is.
+_DONE_BY_ANYBODY = "|".join(
+    "create write cook bake boil fry roast build install open close sort reverse convert calculate compute find get "
+    "say spell pronounce use fix change set reset add remove replace print read parse draw clean grow plant solve "
+    "prove define declare test debug compile deploy configure split join merge sum count delete copy move".split()
+)
+
 # What is the same said in other ways, applied in this order. `\1` and `\2` are what it is about.
 _SAID = tuple(
     (re.compile(rf"(?:^|(?<= )){pattern}(?=$| )"), same)
@@ -105,6 +112,7 @@ _SAID = tuple(
         ),
         (r"^what are (?:the |some )?(?:(?:best|easiest|right|good) )?(?:ways|steps) to", "howto"),
         (r"^how (?:(?:do|can|could|should|would|might) (?:i|we|one)|to)", "howto"),
+        (rf"^how (?:do|can|would) you(?= (?:{_DONE_BY_ANYBODY}) )", "howto"),
         # measures
         (r"how (?:tall|high) (?:is|are) (.+)", r"what is the height of \1"),
         (r"how (?:tall|high) (.+) (?:is|are)", r"what is the height of \1"),
@@ -113,6 +121,12 @@ _SAID = tuple(
         (r"how heavy (?:is|are) (.+)", r"what is the weight of \1"),
         (r"how much do (.+?) cost", r"what is the price of \1"),
         (r"how much (?:is|are) (.+)", r"what is the price of \1"),
+        (r"how large (?:is|are) (.+)", r"what is the size of \1"),
+        (r"how fast (?:is|are) (.+)", r"what is the speed of \1"),
+        (r"how deep (?:is|are) (.+)", r"what is the depth of \1"),
+        (r"how wide (?:is|are) (.+)", r"what is the width of \1"),
+        (r"how far (?:is|are) (.+) from (.+)", r"what is the distance between \1 and \2"),
+        (r"distance from (.+) to (.+)", r"distance between \1 and \2"),
         (r"cost of", "price of"),
         (r"how many (?:people|inhabitants) (?:live|are there|are) in (.+)", r"what is the population of \1"),
         (r"how many inhabitants do (.+) have", r"what is the population of \1"),
@@ -132,6 +146,9 @@ _SAID = tuple(
         (r"^(?:give (?:me|us)|provide|write) (?:a |the )?(?:short |brief )?summary of", "summarize"),
         (r"^(?:give (?:me|us)|provide) (?:an? |the )?(?:explanation|description|overview) of", "explain"),
         (r"^where can (?:i|we|one) find (.+)", r"where is \1"),
+        (r"^where (?:is|are) (.+) (?:located|situated)$", r"where is \1"),
+        (r"^((?:translate|convert) .+) into (.+)", r"\1 to \2"),
+        (r"^((?:capital|population|meaning|height|age|price|size|author|currency|president) of .+)", r"what is \1"),
         # what a thing is
         (r"^(?:explain|describe|define)", "what is"),
         (r"^which", "what"),

@@ -140,7 +140,7 @@ class Work:
         meter = runtime.accounts.meter()
         if not call.stream:
             answer, record = await collected(runtime.spine, call, meter)
-            told, usage = told_in(answer.body), record.usage
+            told, usage = told_in(answer.body), record.told
         else:
             text = Text(call.route.dialect)
             async with events_of(runtime.spine, call, meter) as events:
@@ -152,7 +152,7 @@ class Work:
                     if hand.cut:  # nats-py swallows cancellations here and there
                         raise asyncio.CancelledError
             assert events.record is not None
-            told, usage = text.told(), events.record.usage
+            told, usage = text.told(), events.record.told
         return msgspec.json.encode(plain_answer(hand.req_id, told, usage, hand.seconds))
 
     # --- how it ends

@@ -106,7 +106,7 @@ class _Run:
                 self._took(events.record)
 
     def _took(self, record: Record) -> None:
-        self.usage, self.seconds = record.usage, record.duration_ms / 1000
+        self.usage, self.seconds = record.told, record.duration_ms / 1000
 
 
 class Handler:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import nats
 import pytest
 
+from gateway.workers.jobs import Attempts
+from gateway.workers.nats_layout import lay_out
+from gateway.workers.nats_store import Store
 from tests.fake_llama import install
 from tests.house import ADMIN, eventually, running_gateway
 from tests.nats_kit import NatsServer, impatient, office, running_nats, running_worker, until, until_async
@@ -241,7 +246,7 @@ def test_models_that_would_share_a_subject_stop_the_start(tmp_path: Path, chat_m
     ("variables", "problem"),
     [
         ({}, "NATS_URL is not set"),
-        ({"NATS_URL": "http://127.0.0.1:4222"}, "NATS_URL: must be nats://host:4222"),
+        ({"NATS_URL": "http://127.0.0.1:4222"}, "NATS_URL=…: must be nats://host:4222"),
         ({"NATS_URL": "nats://127.0.0.1:1", "NATS_CREDS_FILE": "/nowhere"}, "NATS_CREDS_FILE='/nowhere'"),
     ],
 )
@@ -278,3 +283,35 @@ async def test_http_that_keeps_all_places_busy_does_not_starve_jobs(
             finally:
                 over = True
             assert sum(await asyncio.gather(*crowd)) > 10
+
+
+async def test_the_answer_that_is_kept_first_counts(server: NatsServer) -> None:
+    client = await nats.connect(server.url)
+    try:
+        warnings: list[str] = []
+        one, other = [Store(await lay_out(client.jetstream(), warnings.append)) for _ in range(2)]
+        assert await one.answer("answer.x") is None
+        kept = await asyncio.gather(one.keep_answer("answer.x", b"first"), other.keep_answer("answer.x", b"second"))
+        assert kept[0] == kept[1] == await other.answer("answer.x")
+        await one.keep_attempts("tries.1-a", Attempts(returned=3))
+        assert await other.attempts("tries.1-a") == Attempts(returned=3)
+        assert await other.attempts("tries.2-a") == Attempts() and not warnings
+    finally:
+        await client.close()
+
+
+async def test_the_container_takes_jobs_and_its_health_port_answers(
+    server: NatsServer, tmp_path: Path, chat_model: Path
+) -> None:
+    about = {"MODEL_PATH": str(chat_model), "NATS_URL": server.url, "WORKER_MODE": "nats"}
+    with running_gateway(tmp_path / "run", about, ready=False, entrypoint=True) as worker:
+        ping = f"http://127.0.0.1:{worker.environment['PORT_HEALTH']}/ping"
+
+        def status() -> int:
+            with urllib.request.urlopen(ping, timeout=2) as reply:
+                return int(reply.status)
+
+        eventually(lambda: status() == 200)
+        async with office(server) as here:
+            assert (await here.ask("tiny", "one", input="hi", params=SHORT))["tokens_out"] == 5
+        assert worker.stop() == 0

@@ -229,6 +229,18 @@ def test_the_models_file_s_template_stands_around_a_prompt(tmp_path: Path, chat_
     assert told["usage"]["prompt_tokens"] == wanted["usage"]["prompt_tokens"]
 
 
+# --- the response cache
+
+
+def test_a_remembered_answer_is_said_in_the_same_words(tmp_path: Path, chat_model: Path) -> None:
+    with running_gateway(tmp_path, MODEL_PATH=str(chat_model), CACHE_ENABLED="true") as gateway:
+        for body in ({"prompt": "hi", "stream": True}, {"prompt": "hi", "stream": False}):
+            first, again = (infer(gateway, {**body, "max_tokens": 40, **SEED}) for _ in range(2))
+            assert (first.headers["x-cache"], again.headers["x-cache"]) == ("miss", "hit")
+            for one, other in zip(lines(first), lines(again), strict=True):
+                assert {**one, "stats": None} == {**other, "stats": None}
+
+
 # --- answers that pause and break: a stand-in for llama-server plays them
 
 

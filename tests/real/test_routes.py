@@ -226,8 +226,9 @@ def test_instances(gateway: Gateway) -> None:
     body = gateway.get("/status").json()
     assert body.keys() == {
         *("instances", "budget_mb", "used_est_mb", "margin_mb", "state", "last_error", "uptime_seconds"),
-        *("server_time_unix", "evictions_total", "loads_total", "warmups_in_progress", "draining_count"),
+        *("server_time_unix", "evictions_total", "loads_total", "warmups_in_progress", "draining_count", "key"),
     }
+    assert body["key"] == {"id": "user", "scopes": ["infer"], "expires_unix": None}
     (row,) = body["instances"]
     assert row.keys() == {
         *("model_id", "state", "last_used_unix", "est_vram_mb", "queue_len", "inflight", "max_queue_depth"),

@@ -9,8 +9,6 @@ const DELAYS = [0.5, 1, 2, 4, 8, 15]; // seconds between tries
 const LINGER = 2_000; // a tab that was hidden only for a moment keeps its streams
 const SHOWN_REQUESTS = 50;
 const HISTORY = 60;
-const CROWD = 20; // requests since the last look: nobody can read as fast
-const CROWD_PAUSE = 15_000;
 
 let session = null; // an AbortController: all that runs ends with it
 let signedOut = () => {};
@@ -63,12 +61,12 @@ function start() {
   const ends = session.signal;
   link({ state: "connecting" });
   run(followStatus(ends));
-  run(every(60, ends, checkMe, { atOnce: false }));
-  run(every(60, ends, fetchMemory)); // and when a model has changed
-  run(every(60, ends, fetchUsage));
+  run(every(60, ends, checkMe, { atOnce: false, share: 3 }));
+  run(every(60, ends, fetchMemory, { share: 3 })); // and when a model has changed
+  run(every(60, ends, fetchUsage, { share: 3 }));
   if (known.me.admin) {
     run(followPulse(ends));
-    run(every(3, ends, fetchRequests));
+    run(every(3, ends, fetchRequests, { share: 0.5 }));
   } else {
     run(every(4, ends, fetchQueues));
   }
@@ -196,7 +194,8 @@ async function follow(path, ends, { opened = () => {}, heard, lost = () => {}, s
 
 // --- polls
 
-async function every(seconds, ends, work, { atOnce = true } = {}) {
+/** Again each `seconds`; more seldom where many watch: of all of them together one asks each `share` seconds. */
+async function every(seconds, ends, work, { atOnce = true, share = 0 } = {}) {
   if (!atOnce) await pause(seconds * 1000, ends);
   for (;;) {
     try {
@@ -205,7 +204,8 @@ async function every(seconds, ends, work, { atOnce = true } = {}) {
       if (isFinal(error) || error.name === "AbortError") throw error;
       // else the next time; the status stream tells when the gateway is gone
     }
-    await pause(seconds * (900 + 200 * Math.random()), ends);
+    const due = Math.max(seconds, share * (known.pulse?.watchers ?? 1));
+    await pause(due * (900 + 200 * Math.random()), ends);
   }
 }
 
@@ -241,15 +241,15 @@ const newest = `logs?limit=${SHOWN_REQUESTS}`;
 let lastId = null;
 let total = null;
 let grownAt = 0;
-let askedAt = -Infinity;
+let fetchedAt = 0;
 
-/** The newest records; later only those behind the last one, while something happens; seldom while too much does. */
+/** The newest records; later only those behind the last one, and only while something happens. */
 async function fetchRequests(ends) {
   const now = performance.now();
   const grown = (known.pulse?.total ?? 0) - total;
-  if (lastId !== null && (grown ? grown > CROWD && now - askedAt < CROWD_PAUSE : now - grownAt > 6000)) return;
+  if (lastId !== null && !grown && fetchedAt - grownAt > 2000) return; // a record is written within a second or so
+  fetchedAt = now;
   if (grown) [total, grownAt] = [known.pulse?.total ?? 0, now];
-  askedAt = now;
   const few = lastId !== null && grown < SHOWN_REQUESTS;
   let { logs } = await json(few ? `${newest}&after=${lastId}` : newest, { signal: ends });
   if (few && logs.length === SHOWN_REQUESTS) ({ logs } = await json(newest, { signal: ends }));

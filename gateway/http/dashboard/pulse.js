@@ -12,7 +12,7 @@ export function fromSnapshot(told) {
     requestsPerSecond: requests.per_second,
     tokensPerSecond: tokens.out_per_second,
     first: { count: first.count, p50: first.p50, p95: first.p95 },
-    lag: told.gateway?.event_loop_lag_ms ?? null,
+    watchers: told.watchers ?? 1,
     places: places(told.models, "capacity"),
     models: new Map(
       Object.entries(told.models).map(([id, row]) => [
@@ -34,7 +34,6 @@ export function fromQueues({ summary, per_model: perModel }) {
     requestsPerSecond: null,
     tokensPerSecond: null,
     first: null,
-    lag: null,
     places: places(perModel, "max_concurrent"),
     models: new Map(
       Object.entries(perModel).map(([id, row]) => [
