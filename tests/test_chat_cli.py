@@ -10,10 +10,10 @@ from unittest import mock
 
 import pytest
 
-from gateway.cli.chat_commands import LEAVE, run_command
-from gateway.cli.chat_nats import Workers
-from gateway.cli.chat_screen import Screen
-from gateway.cli.chat_talk import Emit, Gateway, Piece, Talk, Told, read_grammar
+from gateway.cli.chat.commands import LEAVE, run_command
+from gateway.cli.chat.nats import Workers
+from gateway.cli.chat.screen import Screen
+from gateway.cli.chat.talk import Emit, Gateway, Piece, Talk, Told, read_grammar
 from gateway.cli.client import Client, Failed, Refused
 
 
@@ -92,7 +92,7 @@ def test_a_refusal_gets_its_mend() -> None:
 def test_what_is_shown_of_an_answer(tty: bool, variables: dict[str, str], shown: str) -> None:
     """A pipe gets the model's own bytes; a terminal is not to obey what a model was made to write."""
     out = Terminal() if tty else io.StringIO()
-    with mock.patch("gateway.cli.chat_screen._edit_lines"):
+    with mock.patch("gateway.cli.chat.screen._edit_lines"):
         place = screen(out, **variables)
     with mock.patch("sys.stdout", out):
         for piece in (Piece("hm", "thought"), Piece("an\x1b[31m"), Piece("swer")):

@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    from gateway.cli import chat_options, config, keys, keys_options, logs_options, models_options, serve, worker
+    from gateway.cli import config, keys, keys_options, logs_options, models_options, serve, worker
+    from gateway.cli.chat import options as chat_options
 
     parser: argparse.ArgumentParser = Parser(
         prog="corral",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 
 from tests.browser.kit import Yard, off, settled, violations, visit
-from tests.house import ADMIN, ROOT, USER, eventually, free_port, running_gateway
+from tests.house import ADMIN, ROOT, USER, Gateway, eventually, free_port, running_gateway
 from tests.real.herd import states
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(40), pytest.mark.xdist_group("browser")]
@@ -231,6 +234,15 @@ def test_a_lost_connection_is_told_and_found_again(browser: Browser, chat_model:
             visitor.trouble.clear()
 
 
+def watchers(gateway: Gateway) -> int:
+    """How many have a dashboard open, as the gateway tells them: by that they ask more seldom."""
+    connection = HTTPConnection("127.0.0.1", gateway.port, timeout=10)
+    connection.request("GET", "/metrics/stream", headers={"Authorization": f"Bearer {ADMIN}"})
+    with contextlib.closing(connection), connection.getresponse() as reply:
+        assert reply.readline() == b"event: snapshot\n"
+        return int(json.loads(reply.readline().removeprefix(b"data: "))["watchers"]) - 1  # this one
+
+
 def test_a_hidden_tab_asks_for_nothing(browser: Browser, herd_yard: Yard) -> None:
     asked: list[str] = []
     hide = (
@@ -241,8 +253,10 @@ def test_a_hidden_tab_asks_for_nothing(browser: Browser, herd_yard: Yard) -> Non
         page = visitor.page
         visitor.sign_in()
         settled(page)
+        assert watchers(visitor.gateway) == 1
         page.evaluate(hide, True)
         expect(page.locator("#link")).to_have_text("Paused")
+        eventually(lambda: watchers(visitor.gateway) == 0)
         page.on("request", lambda request: asked.append(request.url))
         page.wait_for_timeout(3500)  # longer than the shortest poll; there is no event for nothing
         assert asked == []

@@ -85,7 +85,7 @@ def test_usage_is_that_of_both(tmp_path: Path, chat_model: Path, redis_server: R
 
         def told(gateway: Gateway) -> bool:
             usage = gateway.get("/v1/usage").json()
-            return usage["gateways"] == "all" and usage["total"]["requests"] == 6 == usage["total"]["tokens_out"]
+            return bool(usage["gateways"] == "all" and usage["total"]["requests"] == 6 == usage["total"]["tokens_out"])
 
         for gateway in gateways:
             eventually(partial(told, gateway))

@@ -7,9 +7,9 @@ import sys
 import time
 from typing import Any
 
-from gateway.cli.chat_commands import LEAVE, run_command
-from gateway.cli.chat_screen import Screen
-from gateway.cli.chat_talk import Asked, Gateway, Piece, Talk, Told, read_grammar
+from gateway.cli.chat.commands import LEAVE, run_command
+from gateway.cli.chat.screen import Screen
+from gateway.cli.chat.talk import Asked, Gateway, Piece, Talk, Told, read_grammar
 from gateway.cli.client import Failed
 
 INTERRUPTED = 130
@@ -74,7 +74,7 @@ def _whom(args: argparse.Namespace, talk: Talk) -> Asked:
         return Gateway(make_client(args), args.timeout)
     if args.url is not None or args.key is not None:
         raise Failed("--url and --key are for HTTP, --nats is for NATS: give one of them", 2)
-    from gateway.cli.chat_nats import Workers
+    from gateway.cli.chat.nats import Workers
 
     return Workers(args.nats, args.subject, talk, args.timeout)
 

@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from gateway.cli.chat_screen import Screen
-from gateway.cli.chat_talk import Asked, Talk
+from gateway.cli.chat.screen import Screen
+from gateway.cli.chat.talk import Asked, Talk
 from gateway.cli.client import Failed, one_line
 
 LEAVE = object()

@@ -72,6 +72,6 @@ def _number(text: str) -> float:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from gateway.cli import chat
+    from gateway.cli.chat import run as chat
 
     return chat.run(args)

@@ -6,7 +6,7 @@ import asyncio
 import importlib.util
 from typing import Any
 
-from gateway.cli.chat_talk import Emit, Piece, Talk, Told, with_mend
+from gateway.cli.chat.talk import Emit, Piece, Talk, Told, with_mend
 from gateway.cli.client import Failed, Refused, Unreachable
 from gateway.errors import ConfigError
 from gateway.models.subjects import subject_name

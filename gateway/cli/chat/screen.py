@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Mapping
 
-from gateway.cli.chat_talk import Piece
+from gateway.cli.chat.talk import Piece
 from gateway.cli.client import Failed, one_line
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
