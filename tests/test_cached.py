@@ -69,6 +69,7 @@ class Model:
     """As much of an Owner as the cache asks for."""
 
     def __init__(self) -> None:
+        self.id = "m"
         self.started_as: str | None = "file 1"
         self.lies: str | None = "file 1"
 
@@ -307,12 +308,27 @@ async def test_an_answer_that_failed_inside_is_not_kept() -> None:
     assert house.cache.counts.stored == 0
 
 
-async def test_a_changed_file_finds_nothing_and_keeps_nothing_until_it_is_loaded() -> None:
+async def test_what_another_owner_made_is_not_kept() -> None:
+    """A reload has put a foreign server in the place of ours, while the request waited."""
+    house = House()
+
+    async def go(answer: Answer) -> bool:
+        house.model = Model()
+        return await house.go()(answer)
+
+    assert (await house.ask(go))[0] == "miss"
+    assert house.cache.counts.stored == 0
+
+
+async def test_a_changed_file_finds_nothing_and_keeps_nothing_until_it_is_loaded(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     house = House()
     await house.ask(house.go(b"old"))
     house.model.lies = "file 2"
     assert await house.ask(house.go(b"old server")) == ("miss", b"old server")
     assert await house.ask(house.go(b"old server")) == ("miss", b"old server"), "the server that runs is the old one"
+    assert [record.getMessage()[:13] for record in caplog.records] == ["m has changed"], "said once"
     house.model.started_as = "file 2"
     assert await house.ask(house.go(b"new")) == ("miss", b"new")
     assert await house.ask(house.go(b"never")) == ("hit", b"new")

@@ -48,12 +48,15 @@ def fingerprint(spec: ModelSpec, model: Path, binary: Path, settings: Settings, 
 
 
 def as_it_lies(file: Path) -> str | None:
-    """By place, size and times. A file's ctime is set by every write and rename, and nobody can set it back."""
+    """By place, size and times. A file's ctime is set by every write and rename, and nobody can set it back.
+
+    Not by its inode: buckets that are mounted as a file system give one file ever new ones.
+    """
     try:
         told = file.stat()
     except OSError:
         return None
-    return f"{file}:{told.st_size}:{told.st_mtime_ns}:{told.st_ctime_ns}:{told.st_dev}:{told.st_ino}"
+    return f"{file}:{told.st_size}:{told.st_mtime_ns}:{told.st_ctime_ns}"
 
 
 class Contents:

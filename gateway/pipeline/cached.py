@@ -8,6 +8,7 @@ that are the same goes on, and the others wait for what it finds by meaning, or 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,8 @@ from gateway.stores.cache import Answers, Stored
 
 if TYPE_CHECKING:
     from gateway.pipeline.meaning import Meaning, Sought
+
+log = logging.getLogger("corral.cache")
 
 PATIENCE = 0.5  # of the time that a request may wait: with the rest it goes to the model itself
 FINGERPRINT_SECONDS = 0.5  # a disk that does not even tell a file's time is no reason to wait
@@ -73,6 +76,7 @@ class ResponseCache:
         # One thread, and one look at a model at a time: a disk that hangs must not take the threads of others.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="looking at models")
         self._looking: dict[str, asyncio.Future[About | None]] = {}
+        self._stale: dict[str, str] = {}  # of which models it was said that they have changed, and to what
 
     async def seat(self, call: Call, media: Media, spec: ModelSpec) -> Seat | None:
         """What is found for `call`, or the place to put it; None where its answer may not be cached.
@@ -107,6 +111,18 @@ class ResponseCache:
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
+    def is_true(self, about: About) -> bool:
+        """Whether the server that runs is this model as it lies there; else its answers are not kept."""
+        owner = about.owner
+        if self._owners().get(owner.id) is not owner:
+            return False
+        if owner.started_as != about.lies and self._stale.get(owner.id) != about.lies:
+            self._stale[owner.id] = about.lies
+            log.warning(
+                "%s has changed since its server was started: until it is loaded again, nothing is cached", owner.id
+            )
+        return owner.started_as == about.lies
+
     async def clear(self) -> int:
         self.epoch += 1
         if self.meaning is not None:
@@ -134,17 +150,11 @@ class ResponseCache:
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """A model as it would be started now. `lies` is compared with what its server was started from, `known_as` stands
-    in keys."""
+    """A model as it would be started now: `lies` tells what from, `known_as` stands in keys."""
 
     owner: Owner
     lies: str
     known_as: str
-
-    @property
-    def true(self) -> bool:
-        """Whether the server that runs is this model as it lies there."""
-        return self.owner.started_as == self.lies
 
 
 class Seat:
@@ -205,7 +215,7 @@ class Seat:
             raise
         finally:
             flights.land(key, flight, made)
-        if isinstance(made, Stored) and self._about.true and self._epoch == self._cache.epoch:
+        if isinstance(made, Stored) and self._epoch == self._cache.epoch and self._cache.is_true(self._about):
             self._keep(made, sought)
         return streamed
 

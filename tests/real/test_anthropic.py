@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import anthropic
 import pytest
@@ -300,3 +303,14 @@ def test_no_time_to_wait_is_an_overload(moody: Gateway) -> None:
     assert caught.value.status_code == 503
     assert isinstance(caught.value.body, dict)
     assert caught.value.body["error"]["type"] == "overloaded_error"
+
+
+def test_a_stream_that_breaks_is_a_typed_error(tmp_path: Path, slow_model: Path) -> None:
+    with running_gateway(tmp_path, MODEL_PATH=str(slow_model)) as breaking, connected(breaking) as client:
+        stream = client.messages.create(model="slow", max_tokens=3000, messages=HI, stream=True)
+        with stream, pytest.raises(anthropic.APIStatusError) as caught:
+            for number, event in enumerate(stream):
+                assert event.type != "message_stop"
+                if number == 5:
+                    os.kill(breaking.model()["pid"], signal.SIGKILL)
+    assert caught.value.body == {"type": "error", "error": {"type": "api_error", "message": ANY}}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pydantic
 import pytest
@@ -165,3 +168,18 @@ def test_a_tool_s_result_goes_back(handy: OpenAI) -> None:
     ]
     answer = handy.responses.create(model="tiny", input=turns, tools=[TOOL], max_output_tokens=4)
     assert answer.output_text
+
+
+def test_a_stream_that_breaks_says_so(tmp_path: Path, slow_model: Path) -> None:
+    """An error event with the next number, then a cut."""
+    events: list[Any] = []
+    with running_gateway(tmp_path, MODEL_PATH=str(slow_model)) as breaking, connected(breaking) as client:
+        stream = client.responses.create(model="slow", input="hi", max_output_tokens=3000, stream=True)
+        with stream, pytest.raises((openai.APIError, httpx.HTTPError)):
+            for event in stream:
+                events.append(event)
+                if len(events) == 8:
+                    os.kill(breaking.model()["pid"], signal.SIGKILL)
+            raise AssertionError("a clean end")
+    last = events[-1]
+    assert (last.type, last.code, last.sequence_number) == ("error", "backend_error", len(events) - 1)
