@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
 @pytest.fixture(scope="module")
 def gateway(server: NatsServer, tmp_path_factory: pytest.TempPathFactory, chat_model: Path) -> Iterator[Gateway]:
     folder = tmp_path_factory.mktemp("gateway")
-    with running_gateway(folder, MODEL_PATH=str(chat_model), NATS_URL=server.url) as running:
+    about = {"MODEL_PATH": str(chat_model), "NATS_URL": server.url, "MAX_TOKENS_LIMIT": "64"}
+    with running_gateway(folder, about) as running:
         yield running
 
 
@@ -180,6 +182,43 @@ async def test_a_wrong_job_is_answered_with_an_error_and_not_tried_again(
         answer = await here.ask("tiny", f"wrong {hash(str(job))}", **job)
         assert answer["error"]["code"] == code and answer["text"] == ""
         await until_async(here.pending, 0)
+        assert not await here.dead("tiny")
+
+
+NAMES = (
+    *"input prompt messages params raw stream req_id trace_id max_tokens temperature stop grammar n".split(),
+    "role",
+)
+
+
+def anything(dice: random.Random, depth: int = 0) -> Any:
+    if depth < 3 and dice.random() < 0.3:
+        return {name: anything(dice, depth + 1) for name in dice.sample(NAMES, dice.randrange(4))}
+    if depth < 3 and dice.random() < 0.2:
+        return [anything(dice, depth + 1) for _ in range(dice.randrange(3))]
+    return dice.choice([None, True, -1, 5, 10**30, 0.5, "", "hi", "\0", "é" * 5, "$JS.API.INFO", 'root ::= "a"'])
+
+
+async def test_whatever_is_sent_is_answered(server: NatsServer, gateway: Gateway) -> None:
+    dice = random.Random(9)
+    async with office(server) as here:
+        answered: dict[str, dict[str, Any]] = {}
+
+        async def came(message: Any) -> None:
+            if "tokens_in" in (told := json.loads(message.data)):
+                answered[message.subject.rpartition(".")[2]] = told
+
+        inbox = here.client.new_inbox()
+        await here.client.subscribe(f"{inbox}.*", cb=came)
+        jobs = [{name: anything(dice) for name in dice.sample(NAMES, 3)} | {"input": "hi"} for _ in range(200)]
+        for number, job in enumerate(jobs):
+            payload = json.dumps(job).encode()
+            payload = payload[: dice.randrange(len(payload))] if number % 10 == 0 else payload
+            await here.client.publish("inference.request.tiny", payload, reply=f"{inbox}.{number}")
+        await until(lambda: len(answered) == len(jobs))
+        codes = {told["error"]["code"] for told in answered.values() if "error" in told}
+        assert codes <= {"invalid_json", "invalid_request", "grammar_not_found"}
+        assert any("error" not in told for told in answered.values())
         assert not await here.dead("tiny")
 
 
