@@ -42,12 +42,14 @@ class Shelf:
     def __init__(self) -> None:
         self.held = AtHand(3600)
         self.slowly: asyncio.Event | None = None
+        self.looks = 0
 
     def at_hand(self, key: str) -> Stored | None:
         return self.held.get(key, time.time())
 
     async def get(self, key: str) -> Stored | None:
         found = self.at_hand(key)
+        self.looks += 1
         if self.slowly is not None:
             await self.slowly.wait()
         return found
@@ -358,20 +360,18 @@ async def test_a_clear_is_not_undone_by_what_is_being_made() -> None:
 async def test_what_was_kept_while_it_looked_is_found() -> None:
     """A slow look that came back empty does not send the request to the model, if the answer is there by then."""
     house = House()
-    house.shelf.slowly = asyncio.Event()
+    key = await _key(house)
+    house.shelf.slowly, house.shelf.looks = asyncio.Event(), 0
     late = asyncio.create_task(house.ask(house.go()))
-    await asyncio.sleep(0.02)  # it looks, and finds nothing
-    house.shelf.put((await _key(house)), Stored(b"meanwhile", "text/plain", time.time()))
+    await soon(lambda: house.shelf.looks)  # and finds nothing
+    house.shelf.put(key, Stored(b"meanwhile", "text/plain", time.time()))
     house.shelf.slowly.set()
     assert await late == ("hit", b"meanwhile")
     assert house.runs == 0
 
 
 async def _key(house: House) -> str:
-    slowly, house.shelf.slowly = house.shelf.slowly, None
-    seat = await house.seat(greedy())
-    house.shelf.slowly = slowly
-    return seat.key
+    return (await house.seat(greedy())).key
 
 
 async def test_no_cache_makes_it_anew_and_keeps_it() -> None:

@@ -73,6 +73,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("keys list --bogus", "corral keys list", "unrecognized arguments: --bogus"),
         ("--json keys list --bogus more", "corral keys list", "unrecognized arguments: --bogus more"),
         ("keys check", "corral keys check", "required: KEY"),
+        ("logs --since yesterday", "corral logs", "must be such as 1h, 30m or an ISO time, not 'yesterday'"),
+        ("logs --status bad", "corral logs", "must be such as 429 or 5xx, not 'bad'"),
         ("serve --port 1", "corral serve", "unrecognized arguments: --port 1"),
         ("config", "corral config", "required: COMMAND"),
         ("config check a b", "corral config check", "unrecognized arguments: b"),

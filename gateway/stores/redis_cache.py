@@ -9,8 +9,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar, cast
+from collections import deque
+from collections.abc import Awaitable
+from typing import Any, cast
 
 import msgspec
 from redis.asyncio import Redis
@@ -22,13 +23,13 @@ from gateway.stores.redis_calls import connect
 
 log = logging.getLogger("corral.redis")
 
-WITHIN_SECONDS = 0.05  # the longest wait of a request
+WITHIN_SECONDS = 0.05  # the longest round trip
+MOST_SECONDS = 2 * WITHIN_SECONDS  # the longest wait of a request: one may be under way when it comes
 PUT_SECONDS = 1.0  # of an answer on its way there, for which nobody waits
 CLEAR_SECONDS = 10.0
 PREFIX = "corral:cache:1:"
+MOST_AT_ONCE = 16  # looks in one round trip
 _SCANNED = 1000
-T = TypeVar("T")
-
 _decoder = msgspec.msgpack.Decoder(tuple[bytes, str, float])
 
 
@@ -41,7 +42,8 @@ class RedisAnswers:
         """`asked` is a client for requests that wait, `told` one for what takes its time."""
         self._asked, self._told, self._seconds = asked, told, seconds
         self._breaker = Breaker()
-        self._places = asyncio.Semaphore(4)  # connections that a client has
+        self._looks: deque[tuple[str, asyncio.Future[bytes | None]]] = deque()
+        self._looking = False
         self._tasks: set[asyncio.Task[object]] = set()
         self._waiting = 0
 
@@ -60,8 +62,15 @@ class RedisAnswers:
                 self._breaker = self._breaker.probing()
                 self._spawn(self._probe())
             return None
-        data = await self._within(lambda: self._asked.get(PREFIX + key))
+        found: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
+        self._looks.append((PREFIX + key, found))
+        if not self._looking:
+            self._looking = True
+            self._spawn(self._look())
+        await asyncio.wait((found,), timeout=MOST_SECONDS)
+        data = found.result() if found.done() else None
         if data is None:
+            found.cancel()
             return None
         try:
             stored = Stored(*_decoder.decode(data))
@@ -108,16 +117,33 @@ class RedisAnswers:
         finally:
             self._waiting -= stored.size
 
-    async def _within(self, ask: Callable[[], Awaitable[Any]]) -> bytes | None:
-        found, good = None, True
+    async def _look(self) -> None:
+        """Those that come together go in one round trip. Where one fails, those that wait behind have waited enough."""
+        looks: list[tuple[str, asyncio.Future[bytes | None]]] = []
+        try:
+            while self._looks:
+                looks = [self._looks.popleft() for _ in range(min(MOST_AT_ONCE, len(self._looks)))]
+                values = await self._within([key for key, _ in looks])
+                for (_, found), value in zip(looks, values or [None] * len(looks), strict=True):
+                    if not found.done():
+                        found.set_result(value)
+                if values is None:
+                    break
+        finally:
+            self._looking = False
+            for _, found in (*looks, *self._looks):
+                if not found.done():
+                    found.set_result(None)
+            self._looks.clear()
+
+    async def _within(self, keys: list[str]) -> list[bytes | None] | None:
+        found: list[bytes | None] | None = None
         try:
             async with asyncio.timeout(WITHIN_SECONDS):
-                async with self._places:
-                    found = cast(bytes | None, await ask())
+                found = await cast(Awaitable[list[bytes | None]], self._asked.mget(keys))
         except (RedisError, OSError, TimeoutError) as error:
-            good = False
             log.debug("the cache in Redis does not answer: %s", error)
-        before, self._breaker = self._breaker, self._breaker.called(good, time.monotonic())
+        before, self._breaker = self._breaker, self._breaker.called(found is not None, time.monotonic())
         if before.closed and not self._breaker.closed:
             log.warning("Redis is away or slow: no answers are taken from there for a while")
         return found

@@ -26,6 +26,7 @@ PING_SECONDS = 10  # two that stay unanswered, and the server counts as gone
 CALL_SECONDS = 5.0
 LONGEST_PAUSE = 15.0
 CLOSE_SECONDS = 2.0
+HURRY_SECONDS = 0.3  # for the same when the service ends; a client that was just connecting may never be done with it
 MOST_REFUSALS = 10
 
 
@@ -135,7 +136,7 @@ class Link:
             self._leaving = True
             while not task.done():  # nats-py swallows cancellations here and there
                 task.cancel()
-                await asyncio.wait({task}, timeout=CLOSE_SECONDS)
+                await asyncio.wait({task}, timeout=HURRY_SECONDS * 2)
 
     async def _keep(self) -> None:
         """Each connection has a client of its own: nats-py's way to reconnect cannot be stopped in every state."""
@@ -163,7 +164,7 @@ class Link:
                 self.up.clear()
                 self._is_up(0)
                 with contextlib.suppress(Exception):  # in whatever state it is, nothing more is expected of it
-                    async with asyncio.timeout(CLOSE_SECONDS):
+                    async with asyncio.timeout(HURRY_SECONDS if self._leaving else CLOSE_SECONDS):
                         await client.close()
             pause = min(LONGEST_PAUSE, pause * 2) if reached else RETRY_SECONDS  # it refuses, or is away
             await asyncio.sleep(pause)

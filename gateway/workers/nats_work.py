@@ -12,7 +12,15 @@ from typing import Any
 
 import msgspec
 
-from gateway.errors import BackendError, CorralError, PayloadTooLarge, QueueFull, ShuttingDown
+from gateway.errors import (
+    BackendError,
+    CorralError,
+    ModelLoading,
+    PayloadTooLarge,
+    QueueFull,
+    QueueTimeout,
+    ShuttingDown,
+)
 from gateway.pipeline.call import Call
 from gateway.pipeline.events import collected, events_of
 from gateway.pipeline.plain import Text, plain_answer, plain_failure, plain_token, told_in
@@ -159,9 +167,11 @@ class Work:
 
     async def _after(self, attempts: Attempts, error: CorralError) -> None:
         """The try ended with `error`."""
-        means, kind = self._means, kind_of(error)
+        means, call, kind = self._means, self._hand.call, kind_of(error)
         if means.ending() and kind is Kind.FAILED:
             kind = Kind.RETURNED  # it was cut
+        if isinstance(error, QueueTimeout | ModelLoading) and call is not None and call.max_wait is not None:
+            kind = Kind.FINAL  # so long its sender wants to wait, and no longer
         if kind is Kind.FINAL:
             return await self._end(replace(attempts, answer=self._failure(error)))
         attempts = attempts.gave_back() if kind is Kind.RETURNED else attempts.failed(error, means.worker, time.time())

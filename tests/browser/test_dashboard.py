@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, Page, Route, expect
 
 from tests.browser.kit import Yard, off, settled, violations, visit
 from tests.house import ADMIN, ROOT, USER, Gateway, eventually, free_port, running_gateway
-from tests.real.herd import states
+from tests.real.herd import herd, states
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(40), pytest.mark.xdist_group("browser")]
 
@@ -132,6 +132,30 @@ def test_a_busy_model_is_ejected_only_after_a_question(browser: Browser, herd_ya
         expect(page.get_by_role("button", name="Send")).to_be_visible()
         assert all("ERR_INCOMPLETE_CHUNKED_ENCODING" in line for line in visitor.trouble)
         visitor.trouble.clear()
+
+
+def test_a_large_herd(browser: Browser, chat_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    for number in range(15):
+        (folder / f"model-{number}.gguf").symlink_to(chat_model)
+    with herd(tmp_path / "gateway", folder) as gateway, visit(browser, gateway) as visitor:
+        page = visitor.page
+        assert gateway.chat(model="model-14").status == 200
+        visitor.sign_in()
+        settled(page)
+        shown = page.locator("li.model")
+        expect(shown).to_have_count(12)
+        expect(shown.first).to_contain_text("model-14")
+        expect(shown.nth(1)).to_have_text(re.compile(r"^model-0\s*Off\s*Load$"))
+        page.get_by_role("button", name="Show 3 more").click()
+        expect(shown).to_have_count(15)
+        page.get_by_label("Filter the models").fill("-13")
+        expect(shown).to_have_count(1)
+        visitor.model("model-13").get_by_role("button", name="Load").click()
+        expect(visitor.model("model-13")).to_contain_text("Ready")
+        page.get_by_label("Filter the models").fill("nothing")
+        expect(page.locator("#models-empty")).to_have_text("No model is called like “nothing”.")
 
 
 # --- keys

@@ -73,7 +73,8 @@ whenSignedOut((reason) => askForKey(reason));
 on(["who", "models"], drawWho);
 on(["link"], drawLink);
 setUpTheme($("theme"));
-[setUpNotices, setUpOverview, setUpMemory, setUpModels, setUpRequests, setUpChat, setUpUsage].forEach((setUp) => setUp());
+const PARTS = [setUpNotices, setUpOverview, setUpMemory, setUpModels, setUpRequests, setUpChat, setUpUsage];
+PARTS.forEach((setUp) => setUp());
 
 $("sign-out").addEventListener("click", () => signOut());
 $("sign-in").addEventListener("submit", (event) => {

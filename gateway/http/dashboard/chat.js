@@ -154,7 +154,8 @@ class Answer {
     cancelAnimationFrame(this.drawing);
     this.draw();
     const first = this.firstAt === null ? null : `first token ${milliseconds(this.firstAt - this.began)}`;
-    const made = this.tokens ? `${plural(this.timings?.predicted_n ?? this.tokens, "token")}, ${rate(this.speed())} a second` : null;
+    const tokens = plural(this.timings?.predicted_n ?? this.tokens, "token");
+    const made = this.tokens ? `${tokens}, ${rate(this.speed())} a second` : null;
     say(this.note, [word, this.model, made, first].filter(Boolean).join(" · "));
     this.scroll(this.isBelow());
     announce(`${this.model} has answered. ${this.text.slice(0, 2000)}`);

@@ -11,7 +11,8 @@ export function question(title, text, choices) {
     let chosen = null;
     const button = ([value, label, kind]) =>
       h("button", { type: "button", class: kind, text: label, onclick: () => { chosen = value; dialog.close(); } });
-    $("dialog-buttons").replaceChildren(...[...choices, [null, choices.length ? "Cancel" : "Close", "quiet"]].map(button));
+    const last = [null, choices.length ? "Cancel" : "Close", "quiet"];
+    $("dialog-buttons").replaceChildren(...[...choices, last].map(button));
     dialog.addEventListener("close", () => resolve(chosen), { once: true });
     dialog.showModal();
   });

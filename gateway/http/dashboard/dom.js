@@ -85,11 +85,11 @@ const SHAPES = {
   off: [["circle", { cx: 8, cy: 8, r: 4.75, fill: "none", stroke: "currentColor", "stroke-width": 1.5 }]],
   busy: [
     ["circle", { cx: 8, cy: 8, r: 4.75, fill: "none", stroke: "currentColor", "stroke-width": 1.5, opacity: 0.4 }],
-    ["path", { d: "M8 3.250a4.750 4.750 0 0 1 4.750 4.750", fill: "none", stroke: "currentColor", "stroke-width": 2.5 }],
+    ["path", { d: "M8 3.25A4.75 4.75 0 0 1 12.75 8", fill: "none", stroke: "currentColor", "stroke-width": 2.5 }],
   ],
   trouble: [
-    ["path", { d: "M8 1.800 15 14H1z", fill: "currentColor" }],
-    ["path", { d: "M8 6v4m0 1.600v.4", stroke: "var(--card)", "stroke-width": 1.6 }],
+    ["path", { d: "M8 1.8 15 14H1z", fill: "currentColor" }],
+    ["path", { d: "M8 6v4m0 1.6v.4", stroke: "var(--card)", "stroke-width": 1.6 }],
   ],
 };
 
@@ -101,5 +101,6 @@ const SHAPE_OF = {
 export function glyph(state) {
   const shape = SHAPE_OF[state] ?? "busy";
   const parts = SHAPES[shape].map(([tag, props]) => svg(tag, props));
-  return svg("svg", { class: `glyph ${shape}`, viewBox: "0 0 16 16", width: 16, height: 16, "aria-hidden": "true" }, ...parts);
+  const about = { class: `glyph ${shape}`, viewBox: "0 0 16 16", width: 16, height: 16, "aria-hidden": "true" };
+  return svg("svg", about, ...parts);
 }

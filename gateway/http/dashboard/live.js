@@ -36,9 +36,8 @@ export async function signIn(secret, how) {
 export function signOut(reason = "") {
   stop("off");
   useKey(null);
-  Object.assign(known, {
-    signedIn: false, me: null, server: null, instances: null, memory: null, pulse: null, history: [], requests: [], usage: null,
-  });
+  Object.assign(known, { signedIn: false, me: null, server: null, memory: null, usage: null });
+  Object.assign(known, { pulse: null, history: [], requests: [] });
   for (const map of [known.models, known.about, known.usedAt]) map.clear();
   signedOut(reason);
   changed("who");
@@ -109,7 +108,6 @@ async function checkMe(signal) {
   const admin = scopes.includes("admin");
   const before = known.me;
   known.me = { id, admin, expires };
-  known.instances = told;
   if (before && before.admin !== admin) {
     known.lostScope = !admin;
     if (!admin) Object.assign(known, { requests: [], usage: null, pulse: null, history: [] });
@@ -168,7 +166,10 @@ function pulse(now) {
   changed("pulse");
 }
 
-/** Reads a stream for ever; false where there is none. Raises Refused where the key may not, AbortError at the session's end. */
+/**
+ * Reads a stream for ever; false where there is none. Raises Refused where the key may not, AbortError at the session's
+ * end.
+ */
 async function follow(path, ends, { opened = () => {}, heard, lost = () => {}, silence }) {
   for (let failures = 0; ; failures += 1) {
     let reason = "The gateway has closed the connection.";
@@ -261,7 +262,7 @@ async function fetchRequests(ends) {
 
 /** Failed ones only, from further back than the list reaches. */
 export async function fetchFailed() {
-  const [theirs, ours] = await Promise.all(["4xx", "5xx"].map((status) => json(`logs?limit=${SHOWN_REQUESTS}&status=${status}`)));
+  const [theirs, ours] = await Promise.all([json(`${newest}&status=4xx`), json(`${newest}&status=5xx`)]);
   return [...theirs.logs, ...ours.logs].sort((a, b) => b.id - a.id).slice(0, SHOWN_REQUESTS);
 }
 

@@ -16,7 +16,8 @@ export function setUpMemory() {
 
 function legend() {
   const entry = (kind, label) => h("li", {}, h("i", { class: `swatch ${kind}` }), label);
-  return h("ul", { class: "legend" }, entry("measured", "measured"), entry("foretold", "predicted"), entry("free", "free"));
+  const entries = [entry("measured", "measured"), entry("foretold", "predicted"), entry("free", "free")];
+  return h("ul", { class: "legend" }, ...entries);
 }
 
 function draw(text, parts, devices) {
@@ -26,13 +27,15 @@ function draw(text, parts, devices) {
   const all = Math.max(memory.budget_mb, memory.used_est_mb, 1);
   const measured = held.reduce((sum, row) => sum + (row.measured_mb ?? 0), 0);
   const percent = Math.round((100 * memory.used_est_mb) / all);
-  const told = [`${megabytes(memory.used_est_mb)} of ${megabytes(memory.budget_mb)} booked, ${percent} %`];
+  const share = percent || !memory.used_est_mb ? percent : "less than 1";
+  const told = [`${megabytes(memory.used_est_mb)} of ${megabytes(memory.budget_mb)} booked, ${share} %`];
   if (measured && Math.abs(measured - memory.used_est_mb) > 0.05 * all) told.push(`${megabytes(measured)} measured`);
   if (!memory.can_load_more) told.push("full: the next model makes another one go");
   say(text, told.join(" · "));
   parts.set(held.map((row) => ({ ...row, all })));
   const margin = memory.margin_mb ? [`${megabytes(memory.margin_mb)} are kept free`] : [];
-  const named = memory.devices.map((one) => `${one.name} ${megabytes(one.used_mb)} of ${megabytes(one.total_mb)} in use`);
+  const inUse = ({ used_mb: used, total_mb: total }) => `${megabytes(used)} of ${megabytes(total)} in use`;
+  const named = memory.devices.map((one) => `${one.name} ${inUse(one)}`);
   say(devices, [...named, ...margin].join(" · "));
 }
 

@@ -13,14 +13,20 @@ const LOADED = ["failed", "crashed", "ready", "loading", "starting", "downloadin
 const COMING = ["downloading", "starting", "loading"];
 const MOST_PIPS = 12;
 const FILTER_FROM = 9;
+const FEW = 12;
 
 let order = [];
+let all = false;
 
 export function setUpModels() {
   const rows = new Rows($("models-list"), (row) => row.id, make);
   const draw = () => drawModels(rows);
   on(["models", "pulse", "about", "memory", "who"], draw);
   $("models-filter").addEventListener("input", draw);
+  $("models-more").addEventListener("click", () => {
+    all = !all;
+    draw();
+  });
   setInterval(() => document.hidden || draw(), 5000); // "used 2 min ago"
 }
 
@@ -28,8 +34,12 @@ function drawModels(rows) {
   const { models, server } = known;
   sortOnce(models);
   const wanted = $("models-filter").value.trim().toLowerCase();
-  const shown = order.filter((id) => id.toLowerCase().includes(wanted));
+  const found = order.filter((id) => id.toLowerCase().includes(wanted));
+  const shown = all || wanted ? found : found.filter((id, at) => at < FEW || models.get(id).status !== "off");
   rows.set(shown.map(rowOf));
+  show($("models-more"), !wanted && found.length > FEW);
+  say($("models-more"), all ? "Show fewer" : `Show ${found.length - shown.length} more`);
+  $("models-more").setAttribute("aria-expanded", String(all));
   show($("models-filter"), models.size >= FILTER_FROM);
   const loaded = [...models.values()].filter((row) => row.status === "ready").length;
   say($("models-count"), server ? `${loaded} of ${models.size} loaded` : "");
@@ -122,7 +132,8 @@ function detailOf(row) {
   if (row.now?.active && !row.now.tokensPerSecond) return " · in use";
   if (row.status === "ready" && row.now?.tokensPerSecond) return ` · ${rate(row.now.tokensPerSecond)} tokens a second`;
   if (row.detail) return ` · ${row.detail}`;
-  const used = Math.max(Date.parse(row.last_used_at ?? 0) / 1000, row.memory?.last_used_unix ?? 0, known.usedAt.get(row.id) ?? 0);
+  const told = row.last_used_at ? Date.parse(row.last_used_at) / 1000 : 0;
+  const used = Math.max(told, row.memory?.last_used_unix ?? 0, known.usedAt.get(row.id) ?? 0);
   return used ? ` · used ${ago(Date.now() / 1000 - used)}` : "";
 }
 
@@ -139,7 +150,8 @@ function drawPlaces(node, { now, status }) {
     const pips = Array.from({ length: now.places }, (_, at) => h("i", { class: at < now.active ? "taken" : "" }));
     node.append(h("span", { class: "pips", "aria-hidden": "true" }, ...pips));
   }
-  node.append(h("span", { text: `${now.active} of ${now.places}` }, h("span", { class: "unseen", text: now.places === 1 ? " place" : " places" })));
+  const unit = h("span", { class: "unseen", text: now.places === 1 ? " place" : " places" });
+  node.append(h("span", { text: `${now.active} of ${now.places}` }, unit));
   if (waits) node.append(h("b", { class: "waits", text: waits }));
 }
 

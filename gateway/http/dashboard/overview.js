@@ -6,7 +6,9 @@ import { known, on } from "./store.js";
 
 const POINTS = 60;
 const FEWEST_POINTS = 6;
-const SERVICE = { ready: "Ready", starting: "Starting", loading: "Loading", draining: "Draining", stopped: "Stopped", failed: "Failed" };
+const SERVICE = {
+  ready: "Ready", starting: "Starting", loading: "Loading", draining: "Draining", stopped: "Stopped", failed: "Failed",
+};
 
 export function setUpOverview() {
   const figures = [
@@ -94,18 +96,20 @@ function figure(title, look, series) {
 function sparkline(series) {
   const path = svg("path", { class: "line" });
   const area = svg("path", { class: "area" });
-  const node = svg("svg", { class: "spark", viewBox: `0 0 ${POINTS} 20`, preserveAspectRatio: "none", "aria-hidden": "true" }, area, path);
+  const about = { class: "spark", viewBox: `0 0 ${POINTS} 20`, preserveAspectRatio: "none", "aria-hidden": "true" };
+  const node = svg("svg", about, area, path);
   return {
     node,
     draw: () => {
       const { history, pulse } = known;
-      const seen = history.map((one) => [POINTS - (pulse.at - one.at), series(one)]).filter(([, y]) => y !== null && y !== undefined);
+      const points = history.map((one) => [POINTS - (pulse.at - one.at), series(one)]);
+      const seen = points.filter(([, y]) => y !== null && y !== undefined);
       style(node, "visibility", seen.length < FEWEST_POINTS ? "hidden" : "visible");
       if (seen.length < FEWEST_POINTS) return;
       const most = Math.max(...seen.map(([, y]) => y), 1e-9);
-      const points = seen.map(([x, y]) => `${x.toFixed(2)} ${(19 - (17 * y) / most).toFixed(2)}`);
-      path.setAttribute("d", `M${points.join("L")}`);
-      area.setAttribute("d", `M${seen[0][0].toFixed(2)} 20L${points.join("L")}L${seen.at(-1)[0].toFixed(2)} 20Z`);
+      const drawn = seen.map(([x, y]) => `${x.toFixed(2)} ${(19 - (17 * y) / most).toFixed(2)}`);
+      path.setAttribute("d", `M${drawn.join("L")}`);
+      area.setAttribute("d", `M${seen[0][0].toFixed(2)} 20L${drawn.join("L")}L${seen.at(-1)[0].toFixed(2)} 20Z`);
     },
   };
 }

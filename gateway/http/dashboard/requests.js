@@ -60,7 +60,7 @@ function drawAxis(end) {
   const axis = $("axis");
   if (axis.dataset.end === String(end)) return;
   axis.dataset.end = end;
-  axis.replaceChildren(h("span", { text: "0" }), h("span", { text: milliseconds(end / 2) }), h("span", { text: milliseconds(end) }));
+  axis.replaceChildren(...["0", milliseconds(end / 2), milliseconds(end)].map((text) => h("span", { text })));
 }
 
 /** Milliseconds of each phase. A request that had no first token has spent the rest before it. */
@@ -77,11 +77,13 @@ function make(row) {
   const ok = row.status < 400;
   const parts = PHASES.map(([kind]) => h("i", { class: kind }));
   const track = h("span", { class: "track" }, ...parts);
-  const status = h("span", { class: `status ${ok ? "ok" : row.status === 499 ? "left" : "bad"}`, text: String(row.status) });
+  const kind = ok ? "ok" : row.status === 499 ? "left" : "bad"; // 499: the client left
+  const status = h("span", { class: `status ${kind}`, text: String(row.status) });
+  const who = h("span", { class: "who", text: row.key_id || "no key" });
   const summary = h("summary", {},
     h("time", { text: clock(row.ts) }),
     status,
-    h("span", { class: "what" }, h("b", { text: row.model || "no model" }), " ", h("span", { class: "who", text: row.key_id || "no key" })),
+    h("span", { class: "what" }, h("b", { text: row.model || "no model" }), " ", who),
     h("span", { class: "lane" }, track, row.error ? h("em", { text: row.error }) : null),
     h("span", { class: "took", text: milliseconds(row.duration_ms) }),
     h("span", { class: "tokens", text: row.tokens_out ? `${count(row.tokens_out)} tok` : "" }));
@@ -105,11 +107,13 @@ function more(row, phases) {
   const facts = [
     ["Route", `${row.route}${row.stream ? ", streamed" : ""}`],
     ["Phases", PHASES.map(([kind, text]) => `${text} ${milliseconds(phases[kind])}`).join(" · ")],
-    ["Tokens", `${count(row.tokens_in)} in, ${count(row.tokens_cached)} of them cached · ${count(row.tokens_out)} out`],
+    ["Tokens in", `${count(row.tokens_in)}, ${count(row.tokens_cached)} of them cached`],
+    ["Tokens out", count(row.tokens_out)],
     ["Speed", decoding ? `${rate(decoding)} tokens a second` : null],
     ["Error", row.error],
     ["Request", row.request_id],
     ["Trace", row.trace_id],
   ].filter(([, value]) => value);
-  return h("dl", { class: "facts" }, ...facts.flatMap(([name, value]) => [h("dt", { text: name }), h("dd", { text: value })]));
+  const pairs = facts.flatMap(([name, value]) => [h("dt", { text: name }), h("dd", { text: value })]);
+  return h("dl", { class: "facts" }, ...pairs);
 }

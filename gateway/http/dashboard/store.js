@@ -5,7 +5,6 @@ export const known = {
   link: { state: "off" }, // off, connecting, live, lost { retryAt, reason }, paused
   me: null, // { id, admin, expires }
   server: null, // { status, started_at, … }
-  instances: null, // the whole of /status
   models: new Map(), // id → row of the status stream
   about: new Map(), // id → { slots, n_ctx, task, aliases }
   memory: null, // /vram

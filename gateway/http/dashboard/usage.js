@@ -26,9 +26,10 @@ function draw() {
   const rows = sums.slice(0, MOST_ROWS).map((row) => rowOf(row, most));
   const heads = [me.admin ? "Key" : "Model", "Requests", "Tokens in", "Tokens out"];
   const head = h("tr", {}, ...heads.map((text, at) => h("th", { scope: "col", class: at ? "number" : "", text })));
+  const caption = h("caption", { class: "unseen", text: me.admin ? "Usage by key" : "Your usage by model" });
   const rest = sums.length - rows.length;
   body.replaceChildren(
-    h("table", {}, h("caption", { class: "unseen", text: me.admin ? "Usage by key" : "Your usage by model" }), h("thead", {}, head), h("tbody", {}, ...rows)),
+    h("table", {}, caption, h("thead", {}, head), h("tbody", {}, ...rows)),
     ...(rest > 0 ? [h("p", { class: "soft", text: `and ${rest} more` })] : []),
   );
 }
