@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from gateway.pipeline.cachekey import Wish
+from gateway.pipeline.cache.key import Wish
 from gateway.pipeline.call import Call, read_fields
 from gateway.pipeline.routes import ROUTES
 from gateway.stores.keyfile import Key

@@ -11,8 +11,8 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from gateway.errors import BadRequest
-from gateway.pipeline.fetch import Fetched, MediaFetcher, MediaLimits
-from gateway.pipeline.media import Reference
+from gateway.pipeline.media.fetch import Fetched, MediaFetcher, MediaLimits
+from gateway.pipeline.media.find import Reference
 
 PNG = b"\x89PNG" + bytes(range(256)) * 400
 HOST = "media.example.org"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.pipeline.addresses import Refused, Target, is_public, parse_target, redirected
+from gateway.pipeline.media.addresses import Refused, Target, is_public, parse_target, redirected
 
 PUBLIC = [
     "1.1.1.1",

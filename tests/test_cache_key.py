@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gateway.pipeline.cachekey import SILENT, Wish, request_of, wish_of
+from gateway.pipeline.cache.key import SILENT, Wish, request_of, wish_of
 from gateway.settings import Settings
 from tests.cache_kit import GREEDY, HI, call_of
 

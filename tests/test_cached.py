@@ -19,14 +19,14 @@ from gateway.metrics import Metrics
 from gateway.models.owner import Owner
 from gateway.models.spec import ModelSpec
 from gateway.pipeline.account import Meter, Record
-from gateway.pipeline.cached import ResponseCache, Seat
-from gateway.pipeline.cachekey import wish_of
+from gateway.pipeline.cache.key import wish_of
+from gateway.pipeline.cache.meaning import Meaning, Sought
+from gateway.pipeline.cache.replay import PIECE, Replay, replay
+from gateway.pipeline.cache.seats import ResponseCache, Seat
 from gateway.pipeline.call import Call
 from gateway.pipeline.dialects import Dialect
 from gateway.pipeline.events import Collected, Events
-from gateway.pipeline.meaning import Meaning, Sought
-from gateway.pipeline.media import Media
-from gateway.pipeline.replay import PIECE, Replay, replay
+from gateway.pipeline.media.find import Media
 from gateway.pipeline.splice import Answer
 from gateway.settings import Settings
 from gateway.stores.cache import MOST_ENTRY, AtHand, Stored
@@ -403,7 +403,7 @@ async def test_a_service_that_ends_answers_nothing_out_of_the_cache() -> None:
 async def test_a_disk_that_hangs_is_looked_at_by_one_thread_and_waited_for_no_longer_than_a_moment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("gateway.pipeline.cached.FINGERPRINT_SECONDS", 0.05)
+    monkeypatch.setattr("gateway.pipeline.cache.seats.FINGERPRINT_SECONDS", 0.05)
     house, hangs, looks = House(), threading.Event(), 0
 
     def hung(stamp: object = None) -> str:

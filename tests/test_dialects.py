@@ -4,8 +4,8 @@ from typing import Any
 import pytest
 
 from gateway.errors import BackendError, InvalidKey
-from gateway.pipeline.routes import ROUTES
 from gateway.pipeline.dialects import Dialect, error_in
+from gateway.pipeline.routes import ROUTES
 from tests import streams
 
 GENERATING = list(streams.STREAMS)

@@ -14,9 +14,9 @@ import pytest
 from aiohttp import web
 
 from gateway.errors import BadRequest
-from gateway.pipeline import fetch
-from gateway.pipeline.addresses import is_public
-from gateway.pipeline.fetch import MediaFetcher, MediaLimits, is_reachable
+from gateway.pipeline.media import fetch
+from gateway.pipeline.media.addresses import is_public
+from gateway.pipeline.media.fetch import MediaFetcher, MediaLimits, is_reachable
 from tests.fetch_kit import HOST, PNG, Names, fetched, fetcher, image, reference, refusal, serving
 
 LOOPS = ("asyncio", "uvloop")

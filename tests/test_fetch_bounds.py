@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from gateway.errors import BadRequest, QueueFull
-from gateway.pipeline.fetch import Lookups, MediaLimits
+from gateway.pipeline.media.fetch import Lookups, MediaLimits
 from tests.fetch_kit import HOST, PNG, fetched, fetcher, image, reference, refusal, serving, talking
 
 LOOPS = ("asyncio", "uvloop")

@@ -11,8 +11,8 @@ import pytest
 from gateway.errors import BadRequest
 from gateway.pipeline.call import Fields
 from gateway.pipeline.dialects import Dialect
-from gateway.pipeline.images import MAX_PIXELS, pixels, pixels_of_base64
-from gateway.pipeline.media import find_media
+from gateway.pipeline.media.find import find_media
+from gateway.pipeline.media.images import MAX_PIXELS, pixels, pixels_of_base64
 
 PNG = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR"
 EXIF = b"\xff\xe1" + struct.pack(">H", 60_000) + b"\xff\xc0" * 29_999

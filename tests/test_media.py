@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from gateway.errors import BadRequest
 from gateway.pipeline.call import decoded, parse_json_object
 from gateway.pipeline.dialects import Dialect
-from gateway.pipeline.fetch import Fetched, MediaFetcher
-from gateway.pipeline.media import MAX_NESTING, MAX_REFERENCES, Media, Reference, find_media, is_base64
+from gateway.pipeline.media.fetch import Fetched, MediaFetcher
+from gateway.pipeline.media.find import MAX_NESTING, MAX_REFERENCES, Media, Reference, find_media, is_base64
 from tests.media_places import AT, B64, DATA, PLACES, URL, asked, filled, said
 
 FETCHED = f"data:image/webp;base64,{base64.b64encode(b'fetched').decode()}"
@@ -318,7 +318,7 @@ def test_base64_of_anything(data: bytes) -> None:
 
 def test_importing_it_does_not_import_the_client() -> None:
     code = (
-        "import sys, gateway.pipeline.media, gateway.pipeline.fetch; gateway.pipeline.fetch.MediaFetcher();"
+        "import sys, gateway.pipeline.media.find, gateway.pipeline.media.fetch; gateway.pipeline.media.fetch.MediaFetcher();"
         "sys.exit(bool({'aiohttp', 'yarl'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -34,7 +34,7 @@ from gateway.http.context import (
 from gateway.http.dialects import splice_for
 from gateway.http.protocol import CLOSED, KEPT, ClientConnection
 from gateway.http.wishes import log_as_asked
-from gateway.pipeline.cachekey import wish_of
+from gateway.pipeline.cache.key import wish_of
 from gateway.pipeline.call import Call, Fields, parse_json_object, read_fields
 from gateway.pipeline.dialects import Dialect
 from gateway.pipeline.routes import ROUTES, max_wait, priority

@@ -15,7 +15,7 @@ from gateway.pipeline.dialects import Dialect
 from gateway.stores.keyfile import Key
 
 if TYPE_CHECKING:
-    from gateway.pipeline.cachekey import Wish
+    from gateway.pipeline.cache.key import Wish
 
 Fields = dict[str, msgspec.Raw]
 T = TypeVar("T")

@@ -22,9 +22,9 @@ from gateway.pipeline.call import Call, Fields, decoded, fill_in
 from gateway.pipeline.claims import claim_of, expected_tokens, priority_of
 from gateway.pipeline.counting import COUNTED_BYTES, count_prompt
 from gateway.pipeline.dialects import Dialect
-from gateway.pipeline.fetch import MediaFetcher
 from gateway.pipeline.grammars import GrammarTexts, NoGrammars
-from gateway.pipeline.media import Media, find_media
+from gateway.pipeline.media.fetch import MediaFetcher
+from gateway.pipeline.media.find import Media, find_media
 from gateway.pipeline.progress import PROGRESS_FIELD, TELL_PROGRESS, ask_progress
 from gateway.pipeline.quarantine import Quarantine, guilty
 from gateway.pipeline.shield import bound_answer, shielded
@@ -36,7 +36,7 @@ from gateway.settings import Settings
 from gateway.stores.keyfile import Key
 
 if TYPE_CHECKING:
-    from gateway.pipeline.cached import ResponseCache
+    from gateway.pipeline.cache.seats import ResponseCache
     from gateway.stores.redis_limits import SharedLimits
 
 LONG_ANSWER_TOKENS = 32

@@ -14,7 +14,7 @@ from gateway.environment import instance_name
 from gateway.errors import ConfigError
 
 if TYPE_CHECKING:
-    from gateway.pipeline.meaning import HerdEmbedder, Meaning
+    from gateway.pipeline.cache.meaning import HerdEmbedder, Meaning
     from gateway.runtime import Runtime
     from gateway.stores.cache import Answers
     from gateway.stores.db import Place
@@ -30,7 +30,7 @@ async def caching(runtime: Runtime) -> AsyncIterator[None]:
     if not settings.cache_enabled:
         yield
         return
-    from gateway.pipeline.cached import ResponseCache  # only who caches pays for it
+    from gateway.pipeline.cache.seats import ResponseCache  # only who caches pays for it
 
     async with contextlib.AsyncExitStack() as stack:
         answers = _answers(runtime)
@@ -67,7 +67,7 @@ def _answers(runtime: Runtime) -> Answers:
 
 def _meaning(runtime: Runtime, name: str, stack: contextlib.AsyncExitStack) -> Meaning:
     from gateway.backend import Backend
-    from gateway.pipeline.meaning import Embed, HerdEmbedder, Meaning, RemoteEmbedder
+    from gateway.pipeline.cache.meaning import Embed, HerdEmbedder, Meaning, RemoteEmbedder
     from gateway.stores.semantic import DEFAULT_SIMILARITY, Meanings
 
     settings, registry = runtime.settings, runtime.manager.registry

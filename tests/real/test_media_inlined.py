@@ -22,8 +22,8 @@ import pytest
 from gateway.errors import BadRequest
 from gateway.pipeline.call import decoded, parse_json_object
 from gateway.pipeline.dialects import Dialect
-from gateway.pipeline.fetch import MediaFetcher
-from gateway.pipeline.media import find_media
+from gateway.pipeline.media.fetch import MediaFetcher
+from gateway.pipeline.media.find import find_media
 from tests.real.llama import Llama, running_llama
 from tests.real.projector import make_projector
 

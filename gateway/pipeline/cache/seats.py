@@ -23,17 +23,17 @@ from gateway.models.fingerprint import Stamp
 from gateway.models.owner import Owner
 from gateway.models.registry import ModelSpec
 from gateway.pipeline.account import Record
-from gateway.pipeline.cachekey import SILENT, Request, request_of
+from gateway.pipeline.cache.flights import Flights
+from gateway.pipeline.cache.key import SILENT, Request, request_of
+from gateway.pipeline.cache.replay import Recording, replay
 from gateway.pipeline.call import Call
-from gateway.pipeline.flights import Flights
-from gateway.pipeline.media import Media
-from gateway.pipeline.replay import Recording, replay
+from gateway.pipeline.media.find import Media
 from gateway.pipeline.splice import Answer
 from gateway.settings import Settings
 from gateway.stores.cache import Answers, Stored
 
 if TYPE_CHECKING:
-    from gateway.pipeline.meaning import Meaning, Sought
+    from gateway.pipeline.cache.meaning import Meaning, Sought
 
 log = logging.getLogger("corral.cache")
 

@@ -14,7 +14,7 @@ from gateway.admission.queue import Queue, Ticket
 from gateway.backend import Backend
 from gateway.errors import CorralError
 from gateway.models.manager import Manager
-from gateway.pipeline.cachekey import Request
+from gateway.pipeline.cache.key import Request
 from gateway.pipeline.call import Call
 from gateway.pipeline.dialects import Dialect
 from gateway.stores.semantic import Meanings, Near

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from gateway.errors import BadRequest
-from gateway.pipeline.addresses import Refused, parse_target
 from gateway.pipeline.call import SLICE_BYTES, Fields, are_plain
 from gateway.pipeline.dialects import Dialect
-from gateway.pipeline.images import MAX_PIXELS, pixels, pixels_of_base64
+from gateway.pipeline.media.addresses import Refused, parse_target
+from gateway.pipeline.media.images import MAX_PIXELS, pixels, pixels_of_base64
 
 if TYPE_CHECKING:
-    from gateway.pipeline.fetch import MediaFetcher
+    from gateway.pipeline.media.fetch import MediaFetcher
 
 T = TypeVar("T")
 Path = tuple[str | int, ...]

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gateway.errors import BadRequest, QueueFull
-from gateway.pipeline.addresses import Refused, Target, is_public, parse_target, redirected
-from gateway.pipeline.media import Reference
+from gateway.pipeline.media.addresses import Refused, Target, is_public, parse_target, redirected
+from gateway.pipeline.media.find import Reference
 
 if TYPE_CHECKING:
     import aiohttp  # 190 ms to import, and only who fetches pays them
