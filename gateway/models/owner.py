@@ -39,6 +39,11 @@ class Lease:
         self._owner.lease_ended(self.generation)
 
     @property
+    def ctx(self) -> int | None:
+        """The model's context of one request, tokens, where it is known."""
+        return self._owner.ctx
+
+    @property
     def loading(self) -> bool:
         """Whether `backend` would have to wait."""
         return self._owner.backend is None

@@ -91,16 +91,16 @@ class Spine:
         streamed = call.stream
         try:
             spec = self._manager.registry.resolve(call.model)  # 1
-            record.model, ctx = spec.id, self._manager.owners[spec.id].ctx or 0
+            record.model, owner = spec.id, self._manager.owners[spec.id]
             authorise(call.key, spec)  # 2
             if spec.defaults and call.raw is None:
                 fill_in(call, spec.defaults)
             large = call.size > LARGE_BYTES
             media = await self.turns.of(lambda: self._checked(call)) if large else self._checked(call)  # 3
             fields = media.fields
-            owner, long = self._manager.owners[spec.id], call.size > COUNTED_BYTES
+            long = call.size > COUNTED_BYTES
             counted = await count_prompt(call, fields, owner, self._settings) if long else None
-            tokens = expected_tokens(call, self._settings, ctx, counted)
+            tokens = expected_tokens(call, self._settings, owner.ctx or 0, counted)
             seat = None if self.cache is None else await self.cache.seat(call, media, spec)
             claim, shared = claim_of(call, self._settings, tokens), self._shared
             if seat is not None:
@@ -188,7 +188,7 @@ class Spine:
     ) -> bool:
         if call.size > LARGE_BYTES:
             await self.turns.take()
-        upstream = self._prepared(call, fields, self._manager.owners[spec.id].ctx or self._settings.ctx)
+        upstream = self._prepared(call, fields, lease.ctx or self._settings.ctx)
         headers = [("traceparent", call.traceparent), ("x-request-id", call.request_id)]
         for last_try in (False, True):
             async with self._quarantine.tried(spec.id, upstream.body, deadline, suspect=last_try) as alone:

@@ -227,7 +227,7 @@ def test_a_key_that_loses_its_scope_and_then_its_life(browser: Browser, herd_yar
             keys.write_text(before)
             expect(page.get_by_role("alert")).to_contain_text("key")
             expect(page.locator("#board")).not_to_be_visible()
-            assert set(visitor.refused()) <= {401}
+            assert set(visitor.refused()) <= {401, 429}  # those who fail often are slowed down
     finally:
         keys.write_text(before)
 
