@@ -115,7 +115,8 @@ async def listening(runtime: Runtime) -> AsyncIterator[int]:
         )
     except OSError as error:
         await runner.cleanup()
-        reason = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror or str(error)
+        number = error.errno or 0  # of a name that cannot be looked up it is negative
+        reason = os.strerror(number) if number > 0 else error.strerror or str(error)
         raise ConfigError([f"PORT={settings.port}: cannot listen on {settings.host}: {reason}"]) from None
     inner, header_timeout = runner.server, settings.client_header_timeout
     runtime.ticks.append(lambda now: expire_connections(inner, now, header_timeout))

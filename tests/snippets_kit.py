@@ -134,7 +134,7 @@ def _unit(words: Words) -> None:
 
 
 def _nats(words: Words) -> None:
-    code = "".join(path.read_text() for path in (ROOT / "gateway" / "workers").glob("*.py"))
+    code = "".join(path.read_text() for path in (ROOT / "gateway" / "workers").rglob("*.py"))
     for word in words:
         if word.isupper():
             assert f'"{word}"' in code, word

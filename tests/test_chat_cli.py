@@ -167,7 +167,7 @@ def told_by_nats(*tokens: str, **told: Any) -> tuple[list[str], Told]:
         return told
 
     pieces: list[str] = []
-    with mock.patch("gateway.workers.nats_ask.ask", answer):
+    with mock.patch("gateway.workers.nats.ask.ask", answer):
         workers = Workers("nats://host", None, Talk(model="m"), 1.0)
         return pieces, workers.answer(Talk(model="m"), lambda piece: pieces.append(piece.text))
 

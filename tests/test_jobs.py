@@ -21,7 +21,7 @@ from gateway.workers.jobs import (
     kind_of,
     pause_before_next,
 )
-from gateway.workers.nats_job import is_reply_subject, names_in
+from gateway.workers.nats.job import is_reply_subject, names_in
 
 FINAL, FAILED, RETURNED = Kind.FINAL, Kind.FAILED, Kind.RETURNED
 

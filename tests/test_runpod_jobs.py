@@ -18,7 +18,7 @@ from gateway.pipeline.frames import Frame
 from gateway.pipeline.routes import ROUTES
 from gateway.pipeline.usage import Usage
 from gateway.stores.keyfile import Key
-from gateway.workers.runpod_jobs import PlainForm, Raw, failure, read_job, shape_of
+from gateway.workers.runpod.jobs import PlainForm, Raw, failure, read_job, shape_of
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 MOST = 10_000

@@ -99,7 +99,7 @@ async def _jobs_of_nats(runtime: Runtime) -> AsyncIterator[None]:
     if runtime.settings.nats_url is None:
         yield
         return
-    nats = await asyncio.to_thread(importlib.import_module, "gateway.workers.nats")
+    nats = await asyncio.to_thread(importlib.import_module, "gateway.workers.nats.worker")
     async with nats.taking_jobs(runtime):
         yield
 

@@ -40,7 +40,7 @@ async def _work(settings: Settings, writer: LogWriter) -> None:
     on_signals(stop, hurry)
     async with open_runtime(settings, writer, load_configuration) as runtime:
         # while llama-server loads: nats-py takes longer than all before
-        nats = await asyncio.to_thread(importlib.import_module, "gateway.workers.nats")
+        nats = await asyncio.to_thread(importlib.import_module, "gateway.workers.nats.worker")
         async with nats.taking_jobs(runtime):
             reload_on_sighup(runtime)
             announce_when_ready(runtime, "taking jobs from NATS", "takes jobs from NATS for")

@@ -85,13 +85,13 @@ async def _live(args: argparse.Namespace, settings: Settings, writer: LogWriter)
         if job is not None:
             code = await _one_job(runtime, job, stop)
         elif args.rp_serve_api:
-            from gateway.workers.runpod_local import serve_api
+            from gateway.workers.runpod.local import serve_api
 
             await serve_api(runtime, args.rp_api_host, args.rp_api_port, stop)
             await runtime.drain(hurry)
             code = 0
         else:
-            from gateway.workers.runpod import take_jobs
+            from gateway.workers.runpod.worker import take_jobs
 
             code = await take_jobs(runtime, stop, hurry)
         if hurry.is_set():
@@ -112,7 +112,7 @@ def _job_in_file(args: argparse.Namespace) -> dict[str, Any] | None:
 def _check_place(args: argparse.Namespace) -> None:
     """Before anything is started. Raises ConfigError."""
     if importlib.util.find_spec("runpod") is None:
-        from gateway.workers.runpod import MISSING
+        from gateway.workers.runpod.worker import MISSING
 
         raise ConfigError([MISSING])
     if not args.rp_serve_api and not _on_queue():
@@ -126,7 +126,7 @@ def _on_queue() -> bool:
 
 
 async def _one_job(runtime: Runtime, job: dict[str, Any], stop: asyncio.Event) -> int:
-    from gateway.workers.runpod_local import outputs_of
+    from gateway.workers.runpod.local import outputs_of
 
     running = asyncio.create_task(outputs_of(runtime, job))
     stopping = asyncio.create_task(stop.wait())

@@ -250,8 +250,10 @@ def test_a_lost_connection_is_told_and_found_again(browser: Browser, chat_model:
         expect(page.locator("#link")).to_have_text("Not connected")
         expect(page.locator("#board")).to_have_class(re.compile("stale"))
         expect(visitor.model("tiny")).to_be_visible()
+        expect(notice).to_contain_text(re.compile(r"Next try in \d+ s\."))
+        notice.get_by_role("button", name="Try now").click()
         with running_gateway(tmp_path, MODEL_PATH=str(chat_model), PORT=port):
-            notice.get_by_role("button", name="Try now").click()
+            page.evaluate("dispatchEvent(new Event('online'))")  # what the browser says when it has a network again
             settled(page)
             expect(notice).not_to_be_visible()
             assert all("ERR_" in line for line in visitor.trouble)

@@ -111,7 +111,7 @@ def test_with_its_extra_the_image_has_runpods_sdk(engine: Engine, images: Images
     code = """
 import json, sys
 sys.path.insert(0, "/opt/corral")
-from gateway.workers.runpod import load_sdk
+from gateway.workers.runpod.worker import load_sdk
 print(json.dumps(load_sdk().jobs.get_job_count()))
 """
     assert python(engine, image, code) == 0

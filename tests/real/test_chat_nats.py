@@ -29,7 +29,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory, server: NatsServer, slow_model: Path) -> Iterator[Gateway]:
     variables = {"MODEL_PATH": str(slow_model), "NATS_URL": server.url, "PARALLEL": "1"}
-    with running_gateway(tmp_path_factory.mktemp("house"), **variables) as gateway:
+    with running_gateway(tmp_path_factory.mktemp("house"), variables) as gateway:
         yield gateway
 
 

@@ -13,8 +13,8 @@ import nats
 import pytest
 
 from gateway.workers.jobs import Attempts
-from gateway.workers.nats_layout import lay_out
-from gateway.workers.nats_store import Store
+from gateway.workers.nats.layout import lay_out
+from gateway.workers.nats.store import Store
 from tests.house import ADMIN, eventually, running_gateway
 from tests.nats_kit import NatsServer, office, running_nats, running_worker, until
 

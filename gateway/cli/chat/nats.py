@@ -22,7 +22,7 @@ class Workers:
         if importlib.util.find_spec("nats") is None:
             raise Failed("NATS needs nats-py: pip install 'corral[nats]'")
         from gateway.environment import load_settings
-        from gateway.workers.nats_link import servers_of
+        from gateway.workers.nats.link import servers_of
 
         try:
             self._servers = servers_of(urls)
@@ -34,9 +34,9 @@ class Workers:
         self._fixed, self._silence = subject, silence
 
     def answer(self, talk: Talk, emit: Emit) -> Told:
-        from gateway.workers.nats_ask import ask
-        from gateway.workers.nats_layout import REQUEST_SUBJECT
-        from gateway.workers.nats_link import Away
+        from gateway.workers.nats.ask import ask
+        from gateway.workers.nats.layout import REQUEST_SUBJECT
+        from gateway.workers.nats.link import Away
 
         subject = self._fixed or REQUEST_SUBJECT + subject_name(talk.model or "")
         job = {"messages": talk.messages(), "params": talk.params, "stream": True, "req_id": new_request_id()}

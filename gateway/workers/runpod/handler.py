@@ -21,7 +21,7 @@ from gateway.pipeline.usage import NO_USAGE, Usage
 from gateway.runtime import Runtime
 from gateway.state import ModelState
 from gateway.stores.keyfile import Key
-from gateway.workers.runpod_jobs import Asked, failure, read_job, shape_of
+from gateway.workers.runpod.jobs import Asked, failure, read_job, shape_of
 
 log = logging.getLogger("corral.runpod")
 

@@ -19,7 +19,7 @@ from nats.js.api import (
 )
 from nats.js.kv import KeyValue
 
-from gateway.workers.nats_link import Away, reaching
+from gateway.workers.nats.link import Away, reaching
 
 JOBS = "INFERENCE"
 DEAD = "INFERENCE_DEAD"

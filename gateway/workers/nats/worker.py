@@ -21,15 +21,15 @@ from gateway.models.subjects import collisions, subject_name
 from gateway.runtime import Runtime
 from gateway.state import ModelState, ServiceState
 from gateway.stores.keyfile import Key
-from gateway.workers.nats_cancel import Cancels
-from gateway.workers.nats_health import Health, Served
-from gateway.workers.nats_job import Delivery, InHand
-from gateway.workers.nats_layout import CANCEL_SUBJECT, REQUEST_SUBJECT, ensure_consumer, lay_out
-from gateway.workers.nats_link import Away, Link, servers_of
-from gateway.workers.nats_pull import LOOK_SECONDS, Puller, Room
-from gateway.workers.nats_replies import Replies
-from gateway.workers.nats_store import Store
-from gateway.workers.nats_work import Means, Work
+from gateway.workers.nats.cancel import Cancels
+from gateway.workers.nats.health import Health, Served
+from gateway.workers.nats.job import Delivery, InHand
+from gateway.workers.nats.layout import CANCEL_SUBJECT, REQUEST_SUBJECT, ensure_consumer, lay_out
+from gateway.workers.nats.link import Away, Link, servers_of
+from gateway.workers.nats.pull import LOOK_SECONDS, Puller, Room
+from gateway.workers.nats.replies import Replies
+from gateway.workers.nats.store import Store
+from gateway.workers.nats.work import Means, Work
 
 log = logging.getLogger("corral.nats")
 

@@ -38,10 +38,10 @@ from gateway.workers.jobs import (
     pause_before_next,
     why_failed,
 )
-from gateway.workers.nats_job import InHand, Job, call_for, is_reply_subject, names_in, read_job
-from gateway.workers.nats_layout import DEAD_SUBJECT, REQUEST_SUBJECT
-from gateway.workers.nats_link import Away, Link
-from gateway.workers.nats_store import Store, answer_key
+from gateway.workers.nats.job import InHand, Job, call_for, is_reply_subject, names_in, read_job
+from gateway.workers.nats.layout import DEAD_SUBJECT, REQUEST_SUBJECT
+from gateway.workers.nats.link import Away, Link
+from gateway.workers.nats.store import Store, answer_key
 
 log = logging.getLogger("corral.nats")
 

@@ -22,7 +22,7 @@ from gateway.environment import secret_named
 from gateway.errors import ConfigError
 from gateway.runtime import Runtime
 from gateway.state import ServiceState
-from gateway.workers.runpod_handler import Handler, Job
+from gateway.workers.runpod.handler import Handler, Job
 
 log = logging.getLogger("corral.runpod")
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from gateway.errors import ConfigError
 from gateway.runtime import Runtime
-from gateway.workers.runpod import load_sdk
-from gateway.workers.runpod_handler import Handler, Job
+from gateway.workers.runpod.handler import Handler, Job
+from gateway.workers.runpod.worker import load_sdk
 
 
 async def outputs_of(runtime: Runtime, job: Job) -> tuple[list[Any], str | None]:

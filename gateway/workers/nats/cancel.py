@@ -8,8 +8,8 @@ from collections import OrderedDict
 import nats.errors
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
-from gateway.workers.nats_layout import CANCEL_SECONDS, CANCEL_SUBJECT, CANCELLED
-from gateway.workers.nats_link import Link, reaching
+from gateway.workers.nats.layout import CANCEL_SECONDS, CANCEL_SUBJECT, CANCELLED
+from gateway.workers.nats.link import Link, reaching
 
 MOST = 100_000
 _HEAP = 500

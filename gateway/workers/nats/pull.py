@@ -12,8 +12,8 @@ from typing import NamedTuple
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
-from gateway.workers.nats_layout import ACK_WAIT, JOBS
-from gateway.workers.nats_link import RETRY_SECONDS, Away, Link, reaching
+from gateway.workers.nats.layout import ACK_WAIT, JOBS
+from gateway.workers.nats.link import RETRY_SECONDS, Away, Link, reaching
 
 log = logging.getLogger("corral.nats")
 

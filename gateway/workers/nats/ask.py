@@ -13,8 +13,8 @@ import nats.errors
 import nats.js.errors
 from nats.aio.client import Client
 
-from gateway.workers.nats_layout import CANCEL_SUBJECT
-from gateway.workers.nats_link import CALL_SECONDS, CLOSE_SECONDS, CONNECT_SECONDS, RETRY_SECONDS, Away, reaching
+from gateway.workers.nats.layout import CANCEL_SUBJECT
+from gateway.workers.nats.link import CALL_SECONDS, CLOSE_SECONDS, CONNECT_SECONDS, RETRY_SECONDS, Away, reaching
 
 
 async def ask(

@@ -12,7 +12,7 @@ import msgspec
 
 from gateway.runtime import Runtime
 from gateway.state import ModelState
-from gateway.workers.nats_link import Away, Link
+from gateway.workers.nats.link import Away, Link
 
 HEALTH_SECONDS = 30.0
 

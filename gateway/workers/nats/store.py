@@ -10,7 +10,7 @@ from nats.js.kv import KeyValue
 
 from gateway.pipeline.call import Fields
 from gateway.workers.jobs import Attempts, attempts_in
-from gateway.workers.nats_link import reaching
+from gateway.workers.nats.link import reaching
 
 _WAYS = frozenset({"reply_to", "trace_id"})  # how a job is sent, not what it is
 
