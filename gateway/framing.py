@@ -102,7 +102,7 @@ def whole_chunk(data: bytes) -> int:
 
 
 def _size_line(total: int) -> bytes:
-    """The size line of the only chunk that is so many bytes long in all; where there is none, one that is longer still."""
+    """The size line of the only chunk of so many bytes in all; where there is none, one that is longer still."""
     for digits in range(1, 16):
         size = total - digits - 4
         if size > 0 and len(b"%x" % size) == digits:

@@ -318,7 +318,8 @@ def test_base64_of_anything(data: bytes) -> None:
 
 def test_importing_it_does_not_import_the_client() -> None:
     code = (
-        "import sys, gateway.pipeline.media.find, gateway.pipeline.media.fetch; gateway.pipeline.media.fetch.MediaFetcher();"
+        "import sys, gateway.pipeline.media.find\n"
+        "from gateway.pipeline.media.fetch import MediaFetcher\nMediaFetcher()\n"
         "sys.exit(bool({'aiohttp', 'yarl'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,7 +6,6 @@ import random
 import threading
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 

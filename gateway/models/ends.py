@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gateway.backend import Backend
-from gateway.errors import InsufficientMemory
+from gateway.errors import CorralError, InsufficientMemory, ModelFailed
 from gateway.events import Events
 from gateway.metrics import Metrics
 from gateway.models.owner import GONE, Owner
@@ -139,10 +139,10 @@ class Ending(Owner):
         self._events.emit("model.crashed", f"{self.id}: {reason}; {again}", logging.ERROR, model=self.id)
         self._means.metrics.restarts.labels(self.id).inc()
 
-    def _fail(self, message: str) -> None:
+    def _fail(self, message: str, refusal: type[CorralError] = ModelFailed) -> None:
         self._asked = False
         self._failed_as = signature(self.spec.path)
-        self._failed(message)
+        self._failed(message, refusal)
 
     def _refused_flag(self, refused: FlagRefused) -> None:
         self._without |= {refused.flag}
@@ -173,7 +173,7 @@ class Ending(Owner):
     def _no_room(self, error: InsufficientMemory) -> None:
         """Not its fault, and it may fit another time: those who wait are told the numbers."""
         if self._means.herd().single:
-            self._fail(error.message)
+            self._fail(error.message, InsufficientMemory)
             return
         self._wanted = self._asked = self._tried_again = False
         self._set(ModelState.OFF, error_message=error.message, **GONE)

@@ -96,6 +96,7 @@ class Owner(ABC):
         self._stir = asyncio.Event()  # set when it is loaded, is off, or nobody uses it any more
         self._wanted = False
         self._closing = False
+        self._refusal: type[CorralError] = ModelFailed
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -253,19 +254,21 @@ class Owner(ABC):
                 else:
                     waiter.set_exception(error)
 
-    def _failed(self, message: str) -> None:
+    def _failed(self, message: str, refusal: type[CorralError] = ModelFailed) -> None:
+        """`refusal` is what requests are told until it is tried again."""
+        self._refusal = refusal
         self._not_ready()
         self._wanted = False
         self._set(ModelState.FAILED, error_message=message, **GONE)
         self._events.emit("model.failed", f"{self.spec.id}: {message}", logging.ERROR, model=self.spec.id)
-        self._settle_waiting(ModelFailed(f"{self.spec.id} has failed: {message}", retry_after=60))
+        self._settle_waiting(refusal(f"{self.spec.id} has failed: {message}", retry_after=60))
 
     def _raise_if_hopeless(self) -> None:
         if self._closing:
             raise ShuttingDown("the service is shutting down", retry_after=5)
         status = self._board.models[self.spec.id]
         if status.state is ModelState.FAILED:
-            raise ModelFailed(f"{self.spec.id} has failed: {status.error_message}", retry_after=60)
+            raise self._refusal(f"{self.spec.id} has failed: {status.error_message}", retry_after=60)
 
     async def _look_again(self) -> str | None:
         """What speaks against this model before it is tried, by now."""

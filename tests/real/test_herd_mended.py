@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.fake_llama import install
-from tests.house import ADMIN, Gateway, eventually, free_port
+from tests.house import ADMIN, Gateway, eventually, free_port, running_gateway
 from tests.real.herd import ask, herd, make_models, states, write_models
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(60)]
@@ -85,6 +85,15 @@ def test_what_a_reload_brings_is_preloaded_where_all_that_fits_is(tmp_path: Path
         write_models(tmp_path, models, system)
         post(gateway, "/reload")
         eventually(lambda: states(gateway) == {"m0": "ready", "m1": "ready", "m2": "off", "m3": "off"})
+
+
+def test_one_model_that_cannot_fit_is_refused_as_such(tmp_path: Path, chat_model: Path) -> None:
+    about = {"MODEL_PATH": str(chat_model), "VRAM_BUDGET_MB": "8", "VRAM_MARGIN_MB": "0"}
+    with running_gateway(tmp_path, about, ready=False) as gateway:
+        eventually(lambda: gateway.get("/health", key=None).json()["state"] == "failed")
+        refused = gateway.chat()
+        assert (refused.status, refused.json()["error"]["code"]) == (503, "insufficient_memory")
+        assert " of the 8 MiB that models may use" in refused.json()["error"]["message"]
 
 
 def test_a_reload_without_the_key_file_changes_nothing(tmp_path: Path, chat_model: Path) -> None:

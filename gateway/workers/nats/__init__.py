@@ -1,1 +1,1 @@
-"""Jobs from a JetStream work queue: `worker` takes them, `work` does one, `ask` is the other side, for `corral chat`."""
+"""Jobs from a JetStream work queue: `worker` takes them, `work` does one, `ask` is the other side (`corral chat`)."""
