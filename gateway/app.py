@@ -109,9 +109,10 @@ async def listening(runtime: Runtime) -> AsyncIterator[int]:
     runner = web.AppRunner(app, handler_cancellation=True, handle_signals=False, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
     assert runner.server is not None
+    host = None if settings.host == "::" else settings.host  # None is both families, as :: is to most programs
     try:
         server = await asyncio.get_running_loop().create_server(
-            connection_factory(runner.server, settings, hot_routes(app)), settings.host, settings.port, backlog=BACKLOG
+            connection_factory(runner.server, settings, hot_routes(app)), host, settings.port, backlog=BACKLOG
         )
     except OSError as error:
         await runner.cleanup()

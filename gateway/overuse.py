@@ -34,11 +34,12 @@ def too_many_at_once(limit: int, wait: float, headers: Headers) -> ConcurrencyEx
     return ConcurrencyExceeded(message, retry_after=wait, headers=_with_wait(headers, wait))
 
 
-def out_of_quota(limit: int, left: int, asked: int, wait: float | None) -> InsufficientQuota:
+def out_of_quota(limit: int, left: int, asked: int, wait: float | None, headers: Headers) -> InsufficientQuota:
     return InsufficientQuota(
         f"{limit} tokens a day are allowed for this key, {max(0, left)} are left, and this request may use {asked}; "
         "the next day begins at 00:00 UTC",
         retry_after=wait,
+        headers=dict(headers),
     )
 
 

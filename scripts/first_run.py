@@ -165,6 +165,7 @@ def announce_when_ready(settings: Settings, key: str | None) -> None:
 
 def announce(settings: Settings, key: str | None, gateway: int) -> None:
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
+    host = f"[{host}]" if ":" in host and not host.startswith("[") else host
     while not is_ready(f"http://{host}:{settings.port_health}/health"):
         os.kill(gateway, 0)  # raises when it is gone
         time.sleep(0.1)

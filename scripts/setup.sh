@@ -37,10 +37,30 @@ debian_packages() {
     die "apt-get could not install ${missing[*]}; see above."
 }
 
-# The package lists are fetched only if those at hand do not do.
-apt_install() {
-    local install=(env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@")
-    "${install[@]}" || { apt-get update -qq && "${install[@]}"; }
+policy_rc_d=/usr/sbin/policy-rc.d
+
+# The package lists are fetched only if those at hand do not do. Tests start servers of their own, on ports of their own:
+# what a package would start by itself, now or at the next boot, nobody has asked for.
+apt_install() (
+    install=(env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@")
+    forbid_starts
+    "${install[@]}" || { apt-get update -qq && "${install[@]}"; } || exit
+    command -v systemctl >/dev/null || exit 0
+    dpkg -L "$@" | sed -n 's|.*/systemd/system/\([^/@]*\.\(service\|socket\|timer\)\)$|\1|p' |
+        xargs -r systemctl disable --quiet || true
+)
+
+# Until this subshell ends: Debian asks policy-rc.d before it starts a service, and 101 is no. One that is there already
+# has the say. Ours allows everything again should we be killed before we can remove it.
+forbid_starts() {
+    local ours='made by corral'
+    if grep -qs "$ours" "$policy_rc_d" && "$policy_rc_d"; then
+        rm -f "$policy_rc_d"
+    fi
+    (set -C && printf '#!/bin/sh\n# %s\nkill -0 %d 2>/dev/null && exit 101\nexit 0\n' "$ours" $$ >"$policy_rc_d") ||
+        return 0
+    trap 'rm -f "$policy_rc_d"' EXIT
+    chmod 755 "$policy_rc_d"
 }
 
 # Prints a Python that we support and that can make an environment.

@@ -10,11 +10,13 @@ import msgspec
 import pytest
 
 from gateway.errors import BackendError, BadRequest
-from gateway.http.messages import Messages, held_to_grammar
+from gateway.http.messages import Messages, held_to_form
 from gateway.pipeline.anthropic import become_chat
 from gateway.pipeline.call import Call, Route, parse_json_object
 from gateway.pipeline.dialects import Dialect
+from gateway.pipeline.grammars import rules_of
 from gateway.pipeline.plain import Told
+from gateway.pipeline.shield import shielded
 from gateway.pipeline.usage import Usage
 from gateway.stores.keyfile import Key
 
@@ -22,7 +24,12 @@ HI = [{"role": "user", "content": "hi"}]
 TEXT = {"type": "text", "text": "a"}
 
 
+SCHEMA = {"type": "object", "properties": {"b": {"type": "boolean"}}, "required": ["b"]}
+FORMAT = {"type": "json_schema", "schema": SCHEMA}
+
+
 def call(**fields: Any) -> Call:
+    """With a grammar, if nothing else is said."""
     body = json.dumps({"grammar": "g", "messages": HI} | fields).encode()
     return Call(
         route=Route("/v1/messages", "/v1/messages", Dialect.MESSAGES),
@@ -39,7 +46,7 @@ def call(**fields: Any) -> Call:
 
 def chat(**fields: Any) -> dict[str, Any]:
     given = call(**fields)
-    become_chat(given)
+    become_chat(given, rules_of(given.fields))
     assert given.route == Route("/v1/messages", "/v1/chat/completions", Dialect.CHAT)
     return {name: msgspec.json.decode(value) for name, value in given.fields.items()}
 
@@ -55,6 +62,60 @@ def test_what_both_know_stays_and_what_chat_does_not_know_goes() -> None:
     added = {"grammar": "g", "messages": HI, "reasoning_format": "none"}
     assert chat(**asked, **gone) == asked | added
     assert chat(stop_sequences=["x"]) == added | {"stop": ["x"]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "more"),
+    [
+        ({"output_config": {"format": FORMAT, "effort": "low"}}, {}),
+        ({"output_format": FORMAT, "output_config": {"format": None}}, {}),
+        ({"output_format": FORMAT, "thinking": {"type": "disabled"}, "tools": []}, {}),
+        (
+            {"output_format": FORMAT, "thinking": {"type": "enabled", "budget_tokens": 9}},
+            {"thinking_budget_tokens": 9},
+        ),
+    ],
+)
+def test_a_schema_is_the_chats_response_format(fields: dict[str, Any], more: dict[str, Any]) -> None:
+    told = chat(grammar=None, **fields)
+    assert told.pop("grammar") is None
+    asked = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": SCHEMA}}
+    assert told == {"messages": HI, "response_format": asked} | more
+
+
+def nested(depth: int) -> Any:
+    return {"type": "array", "items": nested(depth - 1)} if depth else {}
+
+
+@pytest.mark.parametrize("name", ["output_config.format", "output_format"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        5,
+        "json_schema",
+        [],
+        {},
+        {"type": "json_schema"},
+        {"schema": SCHEMA},
+        {"type": "text", "schema": SCHEMA},
+        FORMAT | {"schema": None},
+        FORMAT | {"schema": [SCHEMA]},
+        FORMAT | {"schema": nested(40)},
+        FORMAT | {"schema": {"type": "string", "minLength": 10**6}},
+    ],
+)
+def test_what_is_no_schema_or_too_much_of_one_is_told_by_its_name(name: str, asked: Any) -> None:
+    given = call(grammar=None, **({name: asked} if name == "output_format" else {"output_config": {"format": asked}}))
+    with pytest.raises(BadRequest, match=rf"^{name}") as caught:
+        held_to_form(given)
+    assert (caught.value.param or "").startswith(name)
+
+
+@pytest.mark.parametrize("fields", [{"grammar": "g"}, {"output_config": {"format": FORMAT}}, {"output_format": FORMAT}])
+def test_what_would_be_ignored_does_not_reach_llama_server(fields: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest, match="obeys no"):
+        shielded(call(**{"grammar": None} | fields))
+    shielded(call(grammar=None, output_config={"effort": "low"}))
 
 
 @pytest.mark.parametrize(
@@ -127,8 +188,12 @@ def test_a_turn(turn: dict[str, Any], expected: list[Any]) -> None:
     "fields",
     [
         {"tools": [{"name": "f"}]},
-        {"output_config": {"format": {"type": "json_schema"}}},
-        {"output_format": {"type": "json_schema"}},
+        {"output_config": {"format": FORMAT}},
+        {"output_format": FORMAT},
+        {"output_format": FORMAT, "output_config": {"format": FORMAT}, "grammar": None},
+        {"output_format": FORMAT, "tools": [{"name": "f"}], "grammar": None},
+        {"output_config": 5},
+        {"output_format": FORMAT, "thinking": 5, "grammar": None},
         {"messages": "hi"},
         {"messages": [1]},
         {"messages": [{"role": "user", "content": 5}]},
@@ -147,13 +212,16 @@ def test_a_turn(turn: dict[str, Any], expected: list[Any]) -> None:
 )
 def test_what_cannot_be_told_as_a_chat(fields: dict[str, Any]) -> None:
     with pytest.raises(BadRequest):
-        become_chat(call(**fields))
+        held_to_form(call(**fields))
 
 
-@pytest.mark.parametrize("grammar", [None, ""])
-def test_without_a_grammar_llama_server_speaks_for_itself(grammar: Any) -> None:
-    given = call(grammar=grammar)
-    assert held_to_grammar(given) is None
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"grammar": ""}, {"output_config": {"effort": "low"}}, {"output_config": None, "output_format": None}],
+)
+def test_without_rules_llama_server_speaks_for_itself(fields: dict[str, Any]) -> None:
+    given = call(**{"grammar": None} | fields)
+    assert held_to_form(given) is None
     assert given.route.dialect is Dialect.MESSAGES
 
 

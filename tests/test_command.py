@@ -118,6 +118,15 @@ def test_other_arguments_are_the_operators_own_matter(text: str) -> None:
     assert check_extra_args(text) == []
 
 
+@pytest.mark.parametrize(
+    "words", ["-lv 5", "--verbosity 9999", "--log-verbosity=6", "--log_verbosity -1", "-lv 3 -lv 5"]
+)
+def test_llama_server_is_not_made_to_write_prompts_into_its_log(words: str) -> None:
+    (problem,) = check_extra_args(words)
+    assert problem.startswith("EXTRA_ARGS has -lv ") and "must be 0 to 4" in problem
+    assert check_flags(words.split()) == [problem.removeprefix("EXTRA_ARGS has ")]
+
+
 def test_every_forbidden_argument_is_told_of() -> None:
     assert len(check_extra_args("--host 0.0.0.0 -fa on --api_key=x -c 5")) == 3
 

@@ -125,12 +125,17 @@ def test_the_endpoints_are_those_of_the_table() -> None:
 
 @functools.cache
 def raised() -> set[tuple[int, str]]:
-    """Status and code of every error that some code makes."""
+    """Status and code of every error that some code makes, or names as the one to be made."""
     made: set[tuple[int, str]] = set()
     for path in (ROOT / "gateway").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                kind = getattr(errors, node.func.id, None)
+            named: list[ast.expr | None] = []
+            if isinstance(node, ast.Call):
+                named = [node.func]
+            elif isinstance(node, ast.arguments):
+                named = [*node.defaults, *node.kw_defaults]
+            for each in named:
+                kind = getattr(errors, each.id, None) if isinstance(each, ast.Name) else None
                 if isinstance(kind, type) and issubclass(kind, CorralError):
                     made.add((kind.status, kind.code))
     return made

@@ -71,7 +71,6 @@ SCHEMA = {"type": "object"}
         (Dialect.RESPONSES, {"text": {"format": {"type": "json_schema", "schema": SCHEMA}}}, "grammar"),
         (Dialect.CHAT, {"ignore_eos": True}, "grammar"),
         (Dialect.CHAT, {"ignore_eos": "yes"}, "ignore_eos"),
-        (Dialect.MESSAGES, {}, "grammar"),
     ],
 )
 @pytest.mark.parametrize("grammar", ["known", TEXT])

@@ -111,6 +111,20 @@ def test_a_days_budget_and_the_true_time_until_the_next() -> None:
     house.limits.reserve(claim(1000, budget=1000)).refund()
 
 
+def test_who_is_out_of_budget_is_told_how_the_other_limits_stand() -> None:
+    house = House()
+    house.limits.reserve(claim(60, rpm=5, tpm=100, budget=100))
+    error = house.refused(claim(50, rpm=5, tpm=100, budget=100))
+    assert isinstance(error, InsufficientQuota)
+    told = error.headers()
+    assert (told["x-ratelimit-remaining-requests"], told["x-ratelimit-remaining-tokens"]) == ("4", "40")
+    assert (told["x-ratelimit-limit-requests"], told["x-ratelimit-limit-tokens"]) == ("5", "100")
+    assert told["x-should-retry"] == "false"
+    house.clock.now += 60
+    told = house.refused(claim(50, rpm=5, tpm=100, budget=100)).headers()
+    assert (told["x-ratelimit-remaining-requests"], told["x-ratelimit-reset-requests"]) == ("5", "0s")
+
+
 def test_a_budget_outlives_the_gateway() -> None:
     house = House()
     house.limits.reserve(claim(10, budget=100)).settle(90)

@@ -358,7 +358,7 @@ def test_config_check_prints_the_models(place: Place, capsys: pytest.CaptureFixt
                 "a": {"model_path": "a.gguf", "aliases": ["x", "y"]},
                 "long-name": {"model_path": "long"},
                 "hub": {"hf": "u/r:Q8_0"},
-                "far": {"url": "http://h:1"},
+                "far": {"url": "http://user:word@h:1"},
             },
             "system": {"llama_server_path": "/bin/true", "wait_ready_sec": 1},
         },
@@ -376,6 +376,25 @@ def test_config_check_prints_the_models(place: Place, capsys: pytest.CaptureFixt
     assert err == (
         f"warning: {file}: system.wait_ready_sec: has no meaning here; a load is waited for as long as it goes on\n"
     )
+
+
+def test_config_check_prints_what_is_wrong_with_variables_file_and_machine_at_once(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.files("a.gguf")
+    file = place.write({"models": {"a": {"model_path": "a.gguf"}}, "system": {"defualt_model": "a"}}, "mine.yaml")
+    for name, value in {"PORT": "x", "EXTRA_ARGS": "--host h", "LLAMA_SERVER_PATH": "/none"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["config", "check", str(file)]) == 1
+    assert [line.partition(":")[0].partition("=")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "PORT",
+        str(file),
+        "EXTRA_ARGS has --host",
+        "LLAMA_SERVER_PATH",
+    ]
+    monkeypatch.setenv("EXTRA_ARGS", "'--host")
+    assert main(["config", "check", str(file)]) == 1
+    assert 'EXTRA_ARGS="\'--host": No closing quotation\n' in capsys.readouterr().err
 
 
 def test_config_check_fails_for_a_missing_file_that_a_start_only_warns_of(

@@ -172,6 +172,7 @@ async def test_a_days_budget_is_shared_and_its_end_told(redis: RedisServer) -> N
         (Claim("key", tpm=10, tokens=11), 0),
         (Claim("key", concurrency=2), 2),
         (Claim("key", budget=10, tokens=5), 2),
+        (Claim("key", rpm=9, tpm=99, budget=10, tokens=5), 2),
         (Claim("key", rpm=2, tpm=9, tokens=5), 1),
     ],
 )

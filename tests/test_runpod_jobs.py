@@ -18,7 +18,7 @@ from gateway.pipeline.frames import Frame
 from gateway.pipeline.routes import ROUTES
 from gateway.pipeline.usage import Usage
 from gateway.stores.keyfile import Key
-from gateway.workers.runpod.jobs import PlainForm, Raw, failure, read_job, shape_of
+from gateway.workers.runpod.jobs import PlainForm, Raw, failure, read_job, route_of, shape_of
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 MOST = 10_000
@@ -111,6 +111,29 @@ def test_the_list_of_models(route: str) -> None:
 def test_what_is_refused(given: Any, error: type[CorralError], about: str) -> None:
     with pytest.raises(error, match=about):
         read_job(given, MOST)
+
+
+@pytest.mark.parametrize(
+    ("given", "route"),
+    [
+        (None, ""),
+        ([], ""),
+        ({}, ""),
+        ({"params": {}}, ""),
+        ("hi", "/v1/completions"),
+        ({"prompt": 5}, "/v1/completions"),
+        ({"prompt": "hi", "messages": None}, "/v1/completions"),
+        ({"messages": 5, "sampling_params": 3}, "/v1/chat/completions"),
+        ({"messages": [], "input": "hi"}, "/v1/chat/completions"),
+        ({"openai_route": "v1/embeddings/", "openai_input": 5}, "/v1/embeddings"),
+        ({"openai_route": "/v1/files", "prompt": "hi"}, ""),
+        ({"openai_route": 7, "prompt": "hi"}, ""),
+        ({"openai_route": "/v1/models"}, ""),
+    ],
+)
+def test_the_route_of_what_is_refused(given: Any, route: str) -> None:
+    assert route_of(given) == route
+    assert not route or route in ROUTES
 
 
 NAMES = "openai_route openai_input input prompt messages params sampling_params apply_chat_template raw stream model"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import socket
 from collections.abc import AsyncIterator
@@ -149,6 +150,29 @@ async def test_a_heartbeat_while_nothing_happens(monkeypatch: pytest.MonkeyPatch
         there.board.set_model("a", ModelState.STARTING)
         seen = [await stream.event() for _ in range(2)]
         assert "model_update" in {name for name, _ in seen}
+
+
+async def test_a_heartbeat_while_much_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Changes put it off for no one: neither those that are told nor those of models that the key may not see."""
+    monkeypatch.setattr(sse, "HEARTBEAT_SECONDS", 0.2)
+    async with house("a", "b") as there:
+        there.keys[SECRET] = Key("reader", models=("a",))
+        async with reading(there) as stream:
+            assert (await stream.event())[0] == "full_status"
+            heard: list[str] = []
+
+            async def listen() -> None:
+                while "heartbeat" not in heard:
+                    heard.append((await stream.event())[0])
+
+            listening = asyncio.create_task(listen())
+            async with asyncio.timeout(3):
+                for state in itertools.cycle((ModelState.LOADING, ModelState.READY)):
+                    there.board.set_model("a", state)
+                    there.board.set_model("b", state)
+                    if (await asyncio.wait([listening], timeout=0.05))[0]:
+                        break
+            assert "model_update" in heard
 
 
 async def test_only_the_models_of_the_key() -> None:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.pipeline.dialects import Dialect
-from gateway.pipeline.usage import Usage, usage_of_body, usage_of_stream
+from gateway.pipeline.usage import Usage, usage_of_body, usage_of_stream, with_prefill
 from tests import streams
 
 C, T, N, R, M = streams.STREAMS
@@ -49,6 +49,18 @@ def test_of_a_stream_cut_early_tokens_are_counted(dialect: Dialect, left: int) -
     told = of_stream(dialect, *events[:first], *[events[first]] * left)
     assert told.completion == left
     assert told.prompt == (streams.PROMPT if dialect in (N, M) else 0)
+
+
+@pytest.mark.parametrize(
+    ("event", "told"),
+    [
+        (b'data: {"x":[],"prompt_progress":{"total":2020,"cache":7,"processed":519,"time_ms":4}}', Usage(519, 3, 7)),
+        (b'data: {"prompt_progress":{}}', Usage(0, 3)),
+        (b"", Usage(0, 3)),
+    ],
+)
+def test_of_a_stream_cut_early_the_prompt_is_told_by_its_progress(event: bytes, told: Usage) -> None:
+    assert with_prefill(Usage(0, 3), event) == told
 
 
 def test_of_a_stream_that_never_began() -> None:

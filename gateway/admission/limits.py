@@ -160,13 +160,13 @@ class Limits:
         else:
             self._callers.move_to_end(claim.caller)
         caller.seen = now
-        if claim.budget:
-            self._check_budget(caller, claim)
         caller.requests.pass_to(now)
         if claim.tpm:
             if caller.tokens is None:
                 caller.tokens = Window()
             caller.tokens.pass_to(now)
+        if claim.budget:
+            self._check_budget(caller, claim, now)
         if (claim.rpm and caller.requests.total >= claim.rpm) or claim.tpm:
             _check_windows(caller, claim, now)
         if claim.concurrency and len(caller.leases) >= claim.concurrency:
@@ -177,14 +177,15 @@ class Limits:
         """How many callers are remembered."""
         return len(self._callers)
 
-    def _check_budget(self, caller: _Caller, claim: Claim) -> None:
+    def _check_budget(self, caller: _Caller, claim: Claim, now: float) -> None:
         wall = self._wall()
         number = int(wall // DAY_SECONDS)
         if caller.day is None or caller.day.number != number:
             caller.day = Day(claim.caller, number, self._budgets)
         left = caller.day.left(claim.budget)
         if claim.tokens > left or not left:
-            raise out_of_quota(claim.budget, left, claim.tokens, (number + 1) * DAY_SECONDS - wall)
+            midnight = (number + 1) * DAY_SECONDS - wall
+            raise out_of_quota(claim.budget, left, claim.tokens, midnight, _headers(claim, caller, now))
 
     def _sweep(self, now: float) -> None:
         """Forget some who have not come for a minute, so that many addresses cost no memory, and no pause."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,9 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 ok, 1 failed, 2 usage, 130 interrupted."""
     given = sys.argv[1:] if argv is None else list(argv)
+    if argv is None and given[:1] in (["serve"], ["worker"]):
+        for number in (signal.SIGTERM, signal.SIGINT):  # until the loop listens to them; half a second is imports
+            signal.signal(number, lambda *_: sys.exit(0))
     if given == ["serve"]:  # the container's start: nothing else needs to be imported before llama-server runs
         from gateway.cli import serve
 

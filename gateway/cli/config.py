@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,14 +18,14 @@ from gateway.settings import Settings
 def load_configuration(file: Path | None = None) -> Settings:
     """Environment, `.env` and the models file (`file`, else CONFIG_PATH). Raises ConfigError with all that is wrong.
 
-    What only `build_registry` can find is among it if there is anything else wrong, and left to it otherwise.
+    What only `check_configuration` can find is among it if there is anything else wrong, and left to it otherwise.
     """
     settings, problems = _read(file)
     if problems:
-        from gateway.models.registry import build_registry
+        from gateway.runtime.configuration import check_configuration
 
         try:
-            build_registry(settings)
+            check_configuration(settings)
         except ConfigError as error:
             problems += (problem for problem in error.problems if problem not in problems)
         raise ConfigError(problems)
@@ -94,7 +95,8 @@ def summary(specs: Iterable[ModelSpec]) -> list[str]:
     """A line for each model: its id, where it comes from, its other names."""
     rows = []
     for spec in specs:
-        source = spec.path or spec.url or (f"hf: {spec.hf}" if spec.hf else "MODEL_URL")
+        url = spec.url and re.sub(r"(?<=://)[^/@]*@", "", spec.url)  # a password has no business on a screen
+        source = spec.path or url or (f"hf: {spec.hf}" if spec.hf else "MODEL_URL")
         rows.append((spec.id, str(source), f"also {', '.join(spec.aliases)}" if spec.aliases else ""))
     widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
     return [f"{name:<{widths[0]}}  {source:<{widths[1]}}  {also}".rstrip() for name, source, also in rows]

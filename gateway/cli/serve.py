@@ -83,6 +83,7 @@ async def _serve(settings: Settings, writer: LogWriter) -> None:
         async with listening(runtime), _jobs_of_nats(runtime):
             reload_on_sighup(runtime)
             host = "127.0.0.1" if settings.host in ("0.0.0.0", "::", "") else settings.host
+            host = f"[{host}]" if ":" in host else host
             announce_when_ready(
                 runtime, f"listening on {settings.host}:{settings.port}", f"http://{host}:{settings.port}/v1 serves"
             )

@@ -26,6 +26,7 @@ CALLER = web.RequestKey("caller", str)  # whose limits a request counts on
 
 EXPOSED = (
     "x-request-id, x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, "
+    "x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens, "
     "x-queue-time-ms, x-cache, openai-processing-ms, retry-after, retry-after-ms, x-should-retry"
 )
 

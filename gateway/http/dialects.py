@@ -19,6 +19,7 @@ from gateway.pipeline.call import Call
 from gateway.pipeline.dialects import Dialect, error_in
 from gateway.pipeline.frames import Frame as Event
 from gateway.pipeline.frames import FrameParser
+from gateway.pipeline.grammars import ANTHROPIC_RULING
 from gateway.pipeline.numbering import NumberedSplice
 from gateway.pipeline.plain import (
     Text,
@@ -103,10 +104,10 @@ def splice_for(
     route = call.route
     if route.dialect in _ANTHROPIC:
         call.headers_out.append(("request-id", call.request_id))  # as Anthropic's clients look for it
-        if "grammar" in call.fields and route.dialect is Dialect.MESSAGES:
-            from gateway.http.messages import held_to_grammar  # which needs this module
+        if route.dialect is Dialect.MESSAGES and not ANTHROPIC_RULING.isdisjoint(call.fields):
+            from gateway.http.messages import held_to_form  # which needs this module
 
-            if (voice := held_to_grammar(call)) is not None:
+            if (voice := held_to_form(call)) is not None:
                 return Retold(transport, head, call, meter, voice, chunked=chunked)
     elif route.dialect is Dialect.RESPONSES and call.stream:
         return NumberedSplice(transport, head, route.dialect, meter, stream=True, chunked=chunked)
@@ -154,7 +155,7 @@ class Retold(Splice):
 
     def begin(self, reply: Reply, *, skip_progress: bool = False) -> None:
         self._reply = reply
-        self._progress = ProgressFilter() if skip_progress else None
+        self._progress = ProgressFilter(self.meter) if skip_progress else None
         if self.stream and not self.begun:
             headers = [("Content-Type", self._voice.content_type), *self._open_ended(), *_STREAM_HEADERS]
             self._pending = self._head(200, headers)

@@ -37,6 +37,7 @@ from gateway.http.wishes import log_as_asked
 from gateway.pipeline.cache.key import wish_of
 from gateway.pipeline.call import Call, Fields, parse_json_object, read_fields
 from gateway.pipeline.dialects import Dialect
+from gateway.pipeline.forms import form_field
 from gateway.pipeline.routes import ROUTES, max_wait, priority
 from gateway.pipeline.splice import Headers, Splice
 from gateway.pipeline.turns import LARGE_BYTES
@@ -130,12 +131,13 @@ def make_call(request: web.Request, body: bytes, fields: Fields | None = None) -
         log_as_asked(request, call)
     if route.dialect is Dialect.TRANSCRIPTIONS:
         call.raw, call.content_type = body, form_type(request)
-        return call
-    if "Content-Type" in request.headers and not _is_json(request.content_type):
+        call.model = form_field(body, call.content_type, "model")
+    elif "Content-Type" in request.headers and not _is_json(request.content_type):
         raise UnsupportedMediaType(f"Content-Type is {request.content_type}: send application/json")
-    read_fields(call, body, fields)
-    if "Cache-Control" in request.headers:
-        call.cache = wish_of(request.headers["Cache-Control"])
+    else:
+        read_fields(call, body, fields)
+        if "Cache-Control" in request.headers:
+            call.cache = wish_of(request.headers["Cache-Control"])
     if "X-Request-Priority" in request.headers:
         call.priority = priority(request.headers["X-Request-Priority"])
     if "X-Request-Timeout" in request.headers:

@@ -1,4 +1,6 @@
-"""`/v1/messages` with a grammar: asked for as a chat, which llama-server holds to it, and told in Anthropic's words."""
+"""`/v1/messages` with a grammar or a JSON schema: asked for as a chat, which llama-server holds to it, and told in
+Anthropic's words.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +14,23 @@ from gateway.pipeline.anthropic import (
     become_chat,
     block_start,
     endings,
-    has_grammar,
     message,
     message_start,
     text_delta,
 )
 from gateway.pipeline.call import Call
 from gateway.pipeline.dialects import Dialect
+from gateway.pipeline.grammars import rules_of
 from gateway.pipeline.plain import Told
 from gateway.pipeline.usage import Usage
 
 
-def held_to_grammar(call: Call) -> Voice | None:
-    """None where there is no grammar: then llama-server speaks for itself. Raises BadRequest."""
-    if not has_grammar(call.fields):
+def held_to_form(call: Call) -> Voice | None:
+    """None where nothing rules the answer: then llama-server speaks for itself. Raises BadRequest."""
+    rules = rules_of(call.fields)
+    if not rules:
         return None
-    become_chat(call)
+    become_chat(call, rules)
     return Messages(f"msg_{call.request_id}", call.model or "")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from aiohttp import web
 
-from gateway.errors import BadRequest, ModelNotFound, ShuttingDown, UnsupportedMediaType
+from gateway.errors import BadRequest, MethodNotAllowed, ModelNotFound, ShuttingDown, UnsupportedMediaType
 from gateway.http.context import RUNTIME
 from gateway.http.inference import read_body
 from gateway.http.visible import named_model, visible_specs
@@ -23,6 +23,8 @@ from gateway.pipeline.call import parse_json_object, typed_field
 from gateway.runtime import Runtime
 from gateway.state import ModelState, ServiceState
 
+_COMMANDS = ("load", "eject")  # /v1/models/{command}, which a model's own path would hide
+
 
 async def list_models(request: web.Request) -> web.Response:
     rows = await openai_models(request.app[RUNTIME], visible_specs(request))
@@ -30,7 +32,15 @@ async def list_models(request: web.Request) -> web.Response:
 
 
 async def get_model(request: web.Request) -> web.Response:
-    spec = named_model(request, request.match_info["model"])
+    name = request.match_info["model"]
+    try:
+        spec = named_model(request, name)
+    except ModelNotFound:
+        if name in _COMMANDS:
+            raise MethodNotAllowed(
+                f"{request.method} is not allowed here; use POST", headers={"Allow": "POST"}
+            ) from None
+        raise
     rows = await openai_models(request.app[RUNTIME], [spec])
     if not rows:
         raise ModelNotFound(f"{spec.id} has just been taken out of the configuration", param="model")

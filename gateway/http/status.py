@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import os
 import time
@@ -163,6 +164,8 @@ async def stream(request: web.Request) -> web.StreamResponse:
             return response
         shown: frozenset[str] | None = None
         said, names = board.status, set[str | None]((None,))
+        clock = asyncio.get_running_loop().time
+        beat = clock() + sse.HEARTBEAT_SECONDS
         while (key := current_key(request)) is not None:
             ending = board.status in ENDING  # looked at before it is told, or what comes meanwhile would get lost
             models = {name: status for name, status in board.models.items() if key.may_use(name)}
@@ -171,13 +174,15 @@ async def stream(request: web.Request) -> web.StreamResponse:
             else:
                 news = updates(names, models, server_row(board) if board.status is not said else None)
             shown, said = frozenset(models), board.status
-            if not names:
-                news += sse.event("heartbeat", {"timestamp": iso(time.time()), "server_status": board.status})
             if news:
                 await response.write(news)
+            if clock() >= beat:
+                about = {"timestamp": iso(time.time()), "server_status": board.status}
+                await response.write(sse.event("heartbeat", about))
+                beat = clock() + sse.HEARTBEAT_SECONDS
             if ending:
                 break
-            names = await changes.take(sse.HEARTBEAT_SECONDS)
+            names = await changes.take(max(0.0, beat - clock()))
     await response.write_eof()
     return response
 

@@ -33,6 +33,9 @@ _FORBIDDEN = {
     **dict.fromkeys(("-v", "--verbose", "--log-verbose", "--log-prompts-dir"), "it would write prompts into logs"),
 }
 
+_VERBOSITY = ("-lv", "--verbosity", "--log-verbosity")
+_MOST_VERBOSE = 4
+
 # The flags of a model in the models file go straight to llama-server: there these are the way to say it.
 _OF_A_MODEL = frozenset({"-c", "--ctx-size", "-np", "--parallel"})
 # What a child's environment must not say, because llama-server takes it for an argument.
@@ -65,11 +68,12 @@ class Launch:
 
 def check_extra_args(text: str) -> list[str]:
     """A line for each argument in EXTRA_ARGS that must not be there."""
-    return [
-        f"EXTRA_ARGS has {word}: {_FORBIDDEN[flag]}"
-        for word in shlex.split(text)
-        if (flag := _canonical(word)) in _FORBIDDEN
-    ]
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        return []  # which is told where the settings are read
+    problems = [f"{word}: {_FORBIDDEN[flag]}" for word in words if (flag := _canonical(word)) in _FORBIDDEN]
+    return [f"EXTRA_ARGS has {problem}" for problem in problems + _too_talkative(words)]
 
 
 def check_flags(flags: Sequence[str]) -> list[str]:
@@ -78,7 +82,14 @@ def check_flags(flags: Sequence[str]) -> list[str]:
         f"{word}: {_FORBIDDEN[flag]}"
         for word in flags
         if (flag := _canonical(word)) in _FORBIDDEN and flag not in _OF_A_MODEL
-    ]
+    ] + _too_talkative(flags)
+
+
+def _too_talkative(flags: Sequence[str]) -> list[str]:
+    level = flag_value(flags, *_VERBOSITY)
+    if level is None or (level.isdecimal() and int(level) <= _MOST_VERBOSE):
+        return []
+    return [f"{_VERBOSITY[0]} {level}: must be 0 to {_MOST_VERBOSE}; above that it would write prompts into logs"]
 
 
 def check_env(names: Iterable[str]) -> list[str]:

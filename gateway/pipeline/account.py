@@ -14,7 +14,7 @@ from gateway.pipeline.call import Call
 from gateway.pipeline.dialects import Dialect
 from gateway.pipeline.loglines import FullLine, Line, log, wishes
 from gateway.pipeline.transcript import Transcript, detail_of
-from gateway.pipeline.usage import NO_USAGE, Usage, usage_of_body, usage_of_stream
+from gateway.pipeline.usage import NO_USAGE, Usage, usage_of_body, usage_of_stream, with_prefill
 from gateway.stores.audit import Detail
 
 HEAD_BYTES, TAIL_BYTES = 4096, 8192
@@ -28,7 +28,7 @@ STRANGERS_AT_ONCE, STRANGERS_PER_SECOND = 600, 2.0
 class Meter:
     """Sees an answer's payload go by and keeps its head, its tail and its counts."""
 
-    __slots__ = ("_bytes", "_clock", "_frames", "_last", "chunks", "first_at", "head")
+    __slots__ = ("_bytes", "_clock", "_frames", "_last", "assembled", "chunks", "first_at", "head", "prefill")
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -37,6 +37,8 @@ class Meter:
         self._last = b""
         self.chunks: list[bytes] = []  # whole ones with their framing, which nobody has looked at yet
         self.first_at: float | None = None
+        self.assembled = False  # what it sees is a stream, though its client wants an answer in one piece
+        self.prefill = b""  # the last event of progress that its client was not shown
 
     def see(self, payload: bytes) -> None:
         if self.first_at is None:
@@ -79,8 +81,9 @@ class Meter:
         return self._last
 
     def usage(self, dialect: Dialect, streamed: bool) -> Usage:
-        if streamed:
-            return usage_of_stream(dialect, self.head, self.tail, self.frames)
+        if streamed or self.assembled:
+            usage = usage_of_stream(dialect, self.head, self.tail, self.frames)
+            return with_prefill(usage, self.prefill) if self.prefill and not usage.prompt else usage
         if self.size <= TAIL_BYTES:
             return usage_of_body(dialect, self.tail)
         return usage_of_body(dialect, self.head, self.tail)
@@ -222,7 +225,7 @@ class Accounts:
     def measure(self, record: Record, call: Call, meter: Meter, streamed: bool) -> None:
         """Its tokens, from as much of its answer as has come; its turn at llama-server is over."""
         record.served = True
-        if meter.first_at is not None:
+        if meter.first_at is not None or meter.prefill:
             record.usage = meter.usage(call.route.dialect, streamed)
 
     def close(self, record: Record, call: Call, meter: Meter, streamed: bool) -> None:
@@ -282,6 +285,10 @@ class Accounts:
         series.duration.observe(record.duration_ms / 1000)
         if record.status == TooManyRequests.status and record.error is not None:
             metrics.rate_limited.labels(record.error).inc()
+        if usage is not NO_USAGE:
+            for total, of_key, count in zip(series.tokens, series.key_tokens, usage.counts(), strict=True):
+                total.value += count
+                of_key.value += count
         if meter.first_at is None:
             return
         series.bytes_sent.value += meter.size
@@ -289,10 +296,6 @@ class Accounts:
             metrics.first_token.labels(model).observe(meter.first_at - call.received_at)
             if usage.completion > 1:
                 metrics.per_token.labels(model).observe((now - meter.first_at) / (usage.completion - 1))
-        if usage is not NO_USAGE:
-            for total, of_key, count in zip(series.tokens, series.key_tokens, usage.counts(), strict=True):
-                total.value += count
-                of_key.value += count
 
 
 class _Series:

@@ -1,6 +1,8 @@
-"""Anthropic's messages as OpenAI's chat and back, for what llama-server itself does not do on `/v1/messages`: grammars.
+"""Anthropic's messages as OpenAI's chat and back, for what llama-server itself ignores on `/v1/messages`: what rules an
+answer, a grammar or a JSON schema.
 
-Only text comes back: beside a grammar there are no tools, and no thinking aloud.
+Only text comes back: beside either of them there are no tools, and no thinking aloud. What a model thinks before an
+answer that a schema rules is left out; a grammar rules the thoughts too.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from typing import Any
 import msgspec
 
 from gateway.errors import BadRequest
+from gateway.pipeline.bounds import check_schema
 from gateway.pipeline.call import Call, Fields, Route, typed_field
 from gateway.pipeline.dialects import Dialect
 from gateway.pipeline.plain import Told
@@ -22,26 +25,54 @@ _MEANINGLESS = frozenset({"tools", "tool_choice", "thinking", "metadata", "outpu
 _STOP_REASONS = {"length": "max_tokens"}
 
 
-def has_grammar(fields: Fields) -> bool:
-    return "grammar" in fields and bytes(fields["grammar"]) not in _ABSENT
+class _Format(msgspec.Struct):
+    type: str
+    schema: dict[str, msgspec.Raw]
 
 
-def become_chat(call: Call) -> None:
-    """`call`, in Anthropic's words, becomes the chat that it amounts to. Raises BadRequest."""
+_format = msgspec.json.Decoder(_Format)
+
+
+def become_chat(call: Call, rules: list[str]) -> None:
+    """`call`, in Anthropic's words, becomes the chat that it amounts to; `rules` are those that `rules_of` found.
+
+    Raises BadRequest.
+    """
     fields = call.fields
     tools = fields.get("tools")
-    if tools is not None and bytes(tools) not in _ABSENT:
-        raise BadRequest("grammar and tools exclude each other: send one of them", param="grammar")
-    config = typed_field(fields, "output_config", dict[str, Any], "an object") or {}
-    if config.get("format") or bytes(fields.get("output_format", b"null")) not in _ABSENT:
-        raise BadRequest("grammar and an output format exclude each other: send one of them", param="grammar")
+    excluded = [*rules, "tools"] if tools is not None and bytes(tools) not in _ABSENT else rules
+    if len(excluded) > 1:
+        raise BadRequest(f"{' and '.join(excluded[:2])} exclude each other: send one of them", param=excluded[0])
     turns = typed_field(fields, "messages", list[dict[str, Any]], "a list of objects")
-    chat: dict[str, Any] = {"messages": [*_system(fields), *_turns(turns or [])], "reasoning_format": "none"}
+    chat: dict[str, Any] = {"messages": [*_system(fields), *_turns(turns or [])]}
+    if rules == ["grammar"]:
+        chat["reasoning_format"] = "none"
+    else:  # with that, a template that begins with a thought makes llama-server refuse the schema
+        chat["response_format"] = _response_format(fields, rules[0])
+        thinking = typed_field(fields, "thinking", dict[str, Any], "an object") or {}
+        if type(budget := thinking.get("budget_tokens")) is int:
+            chat["thinking_budget_tokens"] = budget
     if "stop_sequences" in fields:
         chat["stop"] = typed_field(fields, "stop_sequences", list[str], "a list of strings")
     call.route = Route(call.route.template, "/v1/chat/completions", Dialect.CHAT)
     call.fields = {name: value for name, value in fields.items() if name not in _TRANSLATED | _MEANINGLESS}
     call.fields |= {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in chat.items()}
+
+
+def _response_format(fields: Fields, name: str) -> msgspec.Raw:
+    """Chat's form of a schema, within the bounds that it meets there. Raises BadRequest."""
+    holder = msgspec.json.decode(fields["output_config"], type=Fields) if "." in name else fields
+    raw = holder[name.rpartition(".")[2]]
+    try:
+        asked = _format.decode(raw)
+    except msgspec.DecodeError as error:
+        raise BadRequest(f'{name} must be {{"type": "json_schema", "schema": {{…}}}}: {error}', param=name) from None
+    if asked.type != "json_schema":
+        raise BadRequest(f"{name}.type is {asked.type[:40]!r}: must be json_schema", param=f"{name}.type")
+    schema = {"name": "answer", "strict": True, "schema": asked.schema}
+    encoded = msgspec.json.encode({"type": "json_schema", "json_schema": schema})
+    check_schema(encoded, name)  # here, so that it is told by the name under which the client knows it
+    return msgspec.Raw(encoded)
 
 
 def _system(fields: Fields) -> Iterator[dict[str, Any]]:
@@ -79,7 +110,8 @@ def _asked(role: str, blocks: list[dict[str, Any]], where: str) -> Iterator[dict
         elif kind == "image":
             parts.append({"type": "image_url", "image_url": {"url": _url_of(block, where)}})
         else:
-            raise BadRequest(f"{where} holds {str(kind)[:40]!r}, which does not go with a grammar", param=where)
+            said = f"{where} holds {str(kind)[:40]!r}, which goes with neither a grammar nor a schema"
+            raise BadRequest(said, param=where)
     if parts:
         yield {"role": role, "content": parts}
 

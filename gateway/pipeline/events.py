@@ -70,7 +70,7 @@ class Events:
 
     def begin(self, reply: Reply, *, skip_progress: bool = False) -> None:
         self._reply = reply
-        self._progress = ProgressFilter() if skip_progress else None
+        self._progress = ProgressFilter(self.meter) if skip_progress else None
 
     def feed(self, raw: bytes, payload: bytes, last: bool) -> None:
         if self.failure is not None:

@@ -122,7 +122,8 @@ class Spine:
                 else:  # it was not served: it costs nothing
                     reservation.refund()
         except asyncio.CancelledError:
-            record.status = CLIENT_LEFT
+            if not (call.stream and call.route.dialect.ended_well(answer.meter.tail)):
+                record.status = CLIENT_LEFT  # else it had all of the stream, and did not wait for the connection's end
             raise
         except CorralError as error:
             note_failure(record, error)

@@ -1,7 +1,8 @@
 """Grammars in requests: by name or inline, on every route that obeys them; where one would be ignored, a refusal.
 
-Seen on llama-server build 11669: `/v1/messages` ignores a grammar, so its door asks for a chat where the request has
-one (`anthropic.py`), and here only that of a model's defaults is refused; beside a `response_format` the chat route
+Seen on llama-server build 11669: `/v1/messages` ignores a grammar and a JSON schema, so its door asks for a chat where
+the request has one (`anthropic.py`), and here only that of a model's defaults is refused, or of a door that cannot tell
+a chat in Anthropic's words; beside a `response_format` the chat route
 drops it, and the others drop the format; beside `json_schema` the chat route answers 500; with `ignore_eos` an answer
 that has come to the grammar's end is a 500.
 """
@@ -20,6 +21,7 @@ from gateway.pipeline.dialects import Dialect
 
 INLINE = "::="
 _RULING = ("json_schema", "response_format", "text")  # what else decides how an answer looks
+ANTHROPIC_RULING = frozenset({"grammar", "output_config", "output_format"})
 
 
 class GrammarTexts(Protocol):
@@ -62,15 +64,32 @@ class GrammarJudge:
         await self._parser.test(text)
 
 
+def rules_of(fields: Fields) -> list[str]:
+    """The names of what is to rule the answer to a request in Anthropic's words. Raises BadRequest."""
+    config = typed_field(fields, "output_config", Fields, "an object") or {}
+    given = {
+        "grammar": bytes(fields.get("grammar", b"null")) not in (b"null", b'""'),
+        "output_config.format": bytes(config.get("format", b"null")) != b"null",
+        "output_format": bytes(fields.get("output_format", b"null")) != b"null",
+    }
+    return [name for name, is_given in given.items() if is_given]
+
+
+def refuse_ignored(fields: Fields) -> None:
+    """For what goes to llama-server's own `/v1/messages`. Raises BadRequest."""
+    for name in rules_of(fields):
+        raise BadRequest(
+            f"llama-server obeys no {name} here: send it in the request to /v1/messages over HTTP, "
+            "or use /v1/chat/completions",
+            param=name,
+        )
+
+
 def put_grammar(fields: Fields, dialect: Dialect, named: GrammarTexts) -> None:
     """The text in place of a name; an inline grammar within its bounds. Raises BadRequest, GrammarNotFound."""
     grammar = typed_field(fields, "grammar", str, "a string")
     if not grammar:
         return
-    if dialect is Dialect.MESSAGES:
-        raise BadRequest(
-            "llama-server obeys no grammar here: send it in the request, or use /v1/chat/completions", param="grammar"
-        )
     for name in _RULING:
         if name in fields and _rules(name, bytes(fields[name]), dialect):
             raise BadRequest(f"grammar and {name} exclude each other: send one of them", param="grammar")

@@ -7,6 +7,7 @@ of OpenAI's beside them. It becomes the OpenAI request that it amounts to; nothi
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -48,6 +49,16 @@ class Plain:
 def is_plain(fields: Fields) -> bool:
     """Whether a body sent to `/v1/completions` is in the plain form: OpenAI's has a prompt, and no input."""
     return "input" in fields and "prompt" not in fields
+
+
+def template_of(given: Iterable[str]) -> str:
+    """The route that a plain body amounts to, told by the names in it that are not null, if the body is wrong
+    otherwise; empty where not even that can be told.
+    """
+    names = set(given)
+    if "messages" in names:
+        return "/v1/chat/completions"
+    return "/v1/completions" if names.intersection(_PROMPTS) else ""
 
 
 def plain_job(fields: Fields, *, raw: bool = False) -> Plain:

@@ -7,10 +7,15 @@ happens in it for a second. With `return_progress` it sends an event after each 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import msgspec
 
 from gateway.pipeline.call import Fields
 from gateway.pipeline.dialects import Dialect
+
+if TYPE_CHECKING:
+    from gateway.pipeline.account import Meter
 
 PROGRESS_FIELD = "return_progress"
 # In /v1/messages it changes nothing; in /v1/responses it takes the place of an event that clients may wait for.
@@ -27,12 +32,16 @@ def ask_progress(dialect: Dialect, fields: Fields) -> bool:
 
 
 class ProgressFilter:
-    """Looks at the first events of a stream and drops those of progress; `over` at the first other one."""
+    """Looks at the first events of a stream and drops those of progress; `over` at the first other one.
 
-    __slots__ = ("_held", "over")
+    `meter` is left the last one dropped: of a stream that is cut nothing else tells how long its prompt was.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_held", "_meter", "over")
+
+    def __init__(self, meter: Meter) -> None:
         self.over = False
+        self._meter = meter
         self._held = b""  # an event that is not whole yet
 
     def pass_on(self, payload: bytes, last: bool) -> bytes:
@@ -46,6 +55,7 @@ class ProgressFilter:
             if data.find(_MARK, 0, end) < 0:
                 self.over = True
                 return data
+            self._meter.prefill = data[:end]
             data = data[end + 2 :]
         if last:
             self.over = True

@@ -11,7 +11,7 @@ from gateway.errors import BadRequest
 from gateway.pipeline.bounds import check_schema
 from gateway.pipeline.call import Call, Fields, are_plain, count_prompts, typed_field
 from gateway.pipeline.dialects import Dialect
-from gateway.pipeline.grammars import GrammarTexts, NoGrammars, put_grammar
+from gateway.pipeline.grammars import GrammarTexts, NoGrammars, put_grammar, refuse_ignored
 from gateway.pipeline.responses import check_responses
 
 # Another client's slot, adapters of the whole server, an answer kept after its client left, pings of its own.
@@ -91,6 +91,8 @@ def shielded(call: Call, grammars: GrammarTexts | None = None) -> Fields:
         if not _RARE.isdisjoint(fields):
             _check_stops(fields)
             _check_probabilities(fields)
+            if dialect is Dialect.MESSAGES:
+                refuse_ignored(fields)
             if "grammar" in fields:
                 put_grammar(fields, dialect, grammars or NoGrammars())
             _check_compiled(fields)

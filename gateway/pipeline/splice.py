@@ -91,7 +91,7 @@ class Splice:
 
     def begin(self, reply: Reply, *, skip_progress: bool = False) -> None:
         self._reply = reply
-        self._progress = ProgressFilter() if skip_progress else None
+        self._progress = ProgressFilter(self.meter) if skip_progress else None
         framing = reply.framing
         counted = framing in (Framing.LENGTH, Framing.NONE) and not skip_progress
         if not self._chunked or (counted and not self.begun):

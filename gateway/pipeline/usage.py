@@ -27,6 +27,7 @@ _CACHE_WRITE = re.compile(rb'"cache_creation_input_tokens"\s*:\s*(\d+)')
 _TIMINGS = re.compile(rb'"timings":\{"cache_n":(\d+),"prompt_n":(\d+),[^{}]*?"predicted_n":(\d+)')
 _EVALUATED = re.compile(rb'"tokens_evaluated":(\d+)')
 _PREDICTED = re.compile(rb'"tokens_predicted":(\d+)')
+_PREFILL = re.compile(rb'"prompt_progress":\{"total":\d+,"cache":(\d+),"processed":(\d+)')
 _CHOICE = re.compile(rb'"index":(\d+),"(?:delta|logprobs|content)"')
 
 # Events of a stream that carry no token: the role, created + in_progress + item.added + part.added, two starts.
@@ -100,6 +101,12 @@ def usage_of_stream(dialect: Dialect, head: bytes, tail: bytes, frames: int) -> 
     if finals >= choices and (choices == 1 or counted - total.completion < _SLACK):
         return total
     return Usage(total.prompt or _first(_EVALUATED, head), max(total.completion, counted, 0), total.cached)
+
+
+def with_prefill(usage: Usage, event: bytes) -> Usage:
+    """`usage` of a stream that was cut, with as much of its prompt as was worked off by its last event of progress."""
+    found = _PREFILL.search(event)
+    return Usage(_number(found[2]), usage.completion, _number(found[1])) if found else usage
 
 
 def usage_of_body(dialect: Dialect, body: bytes, tail: bytes = b"") -> Usage:

@@ -21,7 +21,8 @@ class WholeAnswer:
         self._frames = FrameParser()
         self._assembler = assembler(dialect, request)
         self._meter = meter
-        self._progress: ProgressFilter | None = ProgressFilter()
+        meter.assembled = True  # also if it is cut before there is a whole answer
+        self._progress: ProgressFilter | None = ProgressFilter(meter)
         self._failure: CorralError | None = None
 
     def feed(self, raw: bytes, payload: bytes, last: bool) -> None:

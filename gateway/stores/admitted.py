@@ -80,7 +80,7 @@ class Standing:
         """The error for a client whose request met `limit`."""
         told = self.headers(claim)
         if self.limit is Limit.BUDGET:
-            return out_of_quota(claim.budget, claim.budget - self.used, claim.tokens, self.wait)
+            return out_of_quota(claim.budget, claim.budget - self.used, claim.tokens, self.wait, told)
         if self.wait is None:
             return never_so_many_tokens(claim.tpm, claim.tokens, told)
         if self.limit is Limit.REQUESTS:

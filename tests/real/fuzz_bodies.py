@@ -47,6 +47,7 @@ BASES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": CHAT,
     "/chat/completions": CHAT | {"stream": True},
     "/v1/completions": {"prompt": "hi", "max_tokens": 4},
+    "/infer": {"prompt": "hi", "max_tokens": 4},
     "/completion": {"prompt": "hi", "n_predict": 4},
     "/completions": {"prompt": {"prompt_string": "<__media__>?", "multimodal_data": [IMAGE[22:]]}, "n_predict": 4},
     "/infill": {"input_prefix": "a", "input_suffix": "b", "input_extra": [{"text": "c"}], "n_predict": 2},
@@ -61,6 +62,7 @@ BASES: dict[str, dict[str, Any]] = {
     "/v1/audio/transcriptions": {"file": "x"},
     "/reload": {},
 }  # fmt: skip
+PLAIN: dict[str, Any] = {"input": "hi", "params": {"max_tokens": 4}, "req_id": "a", "trace_id": "1" * 32}
 ROUTES = ["/v1/chat/completions"] * 8 + list(BASES)
 
 WORDS = ["", "a", "hi", "\0", "\uffff", "<|im_end|>", "é😀", "{{7*7}}", "</s>", "x" * 3000, "null", "1e400"]
@@ -137,7 +139,7 @@ NAMES = OPENAI + LLAMA
 
 def compiled(draw: st.DrawFn, random: Random) -> tuple[str, Any]:
     """A field of which llama-server makes a grammar."""
-    kind = random.randrange(4)
+    kind = random.randrange(5)
     if kind == 0:
         return "grammar", grammar(random)
     schema = draw(schemas)
@@ -145,6 +147,8 @@ def compiled(draw: st.DrawFn, random: Random) -> tuple[str, Any]:
         return "json_schema", schema
     if kind == 2:
         return "tools", [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    if kind == 3:
+        return "output_config", {"format": {"type": "json_schema", "schema": schema}}
     return "response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
 
 
@@ -156,10 +160,14 @@ def turn(random: Random) -> dict[str, Any]:
 
 def one_object(draw: st.DrawFn, random: Random, path: str) -> dict[str, Any]:
     """A request of that route: most of them right, the others with one or two mistakes anywhere in it."""
-    body = dict(BASES.get(path, CHAT))
+    body: dict[str, Any] = dict(BASES.get(path, CHAT))
+    inner = body
+    if (path == "/v1/completions" and one_in(random, 2)) or (path == "/infer" and one_in(random, 6)):
+        inner = dict(PLAIN["params"])
+        body = PLAIN | {"params": inner} | random.choice(({}, {"stream": True}, {"raw": True}))
     for _ in range(random.choice((0, 0, 1, 2))):
         name, value = random.choice(FIELDS)
-        body[name] = value
+        random.choice((inner, body))[name] = value
     if "messages" in body and one_in(random, 3):
         body["messages"] = [*body["messages"], turn(random)]
     kind = random.randrange(8)

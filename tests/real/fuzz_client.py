@@ -14,9 +14,13 @@ from tests.real.fuzz import Request, Script, split
 
 PATIENCE = 5.0  # seconds
 SOON = 0.3
+SLOW = 0.9  # a client that takes so long to send may be cut off: the gateway waits for 1 s
 MAX_USES = 30  # of one connection, in scripts
 ALLOWED = {(501, "not_supported"), (503, "queue_full")}  # of what is 500 and more
 SHAPES = ({"message", "type", "param", "code"}, {"type", "message"})  # ours, and the one of /v1/messages
+LINES = "application/x-ndjson"
+STREAMS = ("text/event-stream", LINES)
+OF_INFER = {"error", "code"}
 
 
 class Wrong(Exception):
@@ -55,6 +59,7 @@ class Client:
 
     async def play(self, script: Script) -> None:
         """Raises Wrong."""
+        begun, sent_in = time.monotonic(), PATIENCE
         if self._streams is None or self._uses >= MAX_USES:
             self.leave()
             self._streams = await asyncio.open_connection("127.0.0.1", self._port, limit=1 << 22)
@@ -66,12 +71,15 @@ class Client:
         kept = False
         try:
             await send(writer, script)
+            sent_in = time.monotonic() - begun
             if script.end == "half_close":
                 await self._until_closed(reader, writer, script.requests)
             elif script.end == "stay":
                 kept = await self._answers(reader, writer, script)
         except ConnectionError:
-            if script.end == "stay" and script.due == len(script.requests) and not may_be_reset(script.data):
+            sent_in = min(sent_in, time.monotonic() - begun)
+            is_due = script.end == "stay" and script.due == len(script.requests)
+            if is_due and sent_in < SLOW and not may_be_reset(script.data):
                 raise Wrong("the connection was reset") from None
         if not kept:
             self.leave()
@@ -183,8 +191,8 @@ def parse_head(head: bytes) -> tuple[int, dict[str, str]]:
 
 
 def told_in_time(headers: dict[str, str], parts: list[bytes]) -> bool:
-    """A stream that is cut because of what was asked for; its last event says so."""
-    return headers.get("content-type") == "text/event-stream" and any(b"invalid_request" in part for part in parts[-2:])
+    """A stream that is cut because of what was asked for; its last event or line says so."""
+    return headers.get("content-type") in STREAMS and any(b"invalid_request" in part for part in parts[-2:])
 
 
 async def read_body(
@@ -203,6 +211,18 @@ async def read_body(
     await reader.readexactly(2)
 
 
+def judge_lines(body: bytes) -> None:
+    """A stream of /infer that has ended. Raises Wrong."""
+    try:
+        *tokens, last = [json.loads(line) for line in body.split(b"\n")[:-1]]
+    except ValueError:
+        raise Wrong(f"no lines of JSON: {body[-400:]!r}") from None
+    if not body.endswith(b"\n") or any(set(told) != {"token", "done"} or told["done"] for told in tokens):
+        raise Wrong(f"lines that are no tokens: {body[-400:]!r}")
+    if last.get("done") is not True or last["content"] != "".join(told["token"] for told in tokens):
+        raise Wrong(f"a stream without its end: {body[-400:]!r}")
+
+
 def judge(status: int, headers: dict[str, str], body: bytes) -> None:
     """Raises Wrong."""
     if "x-request-id" not in headers:
@@ -216,9 +236,13 @@ def judge(status: int, headers: dict[str, str], body: bytes) -> None:
             raise Wrong(f"{status}, no JSON: {body[:400]!r}") from None
     if kind.startswith("text/event-stream") and b'{"error"' in body:
         raise Wrong(f"an error in a stream: {body[-400:]!r}")
+    if kind.startswith(LINES):
+        judge_lines(body)
     if status < 400:
         return
     error = said.get("error") if isinstance(said, dict) else None
+    if isinstance(error, str) and set(said) == OF_INFER:
+        error = {"type": "", "message": error, "param": None, "code": said["code"]}
     if not isinstance(error, dict) or set(error) not in SHAPES or not error["message"]:
         raise Wrong(f"{status}, not our shape: {body[:400]!r}")
     if status >= 500 and (status, error.get("code", said.get("type"))) not in ALLOWED:

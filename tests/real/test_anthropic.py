@@ -8,10 +8,11 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import ANY
 
 import anthropic
+import pydantic
 import pytest
 from anthropic import Anthropic, AsyncAnthropic
 from anthropic.types import MessageParam
@@ -155,6 +156,7 @@ REFUSED: dict[str, tuple[str, type[anthropic.APIStatusError], int, str, Ask]] = 
     "no messages": (USER, BAD, 400, "invalid_request_error", asking(messages=[])),
     "no messages to count": (USER, BAD, 400, "invalid_request_error", counting),
     "field of a wrong type": (USER, BAD, 400, "invalid_request_error", asking(extra_body={"temperature": "hot"})),
+    "no schema": (USER, BAD, 400, "invalid_request_error", asking(output_config={"format": {"type": "json_schema"}})),
     "too long": (USER, BAD, 400, "invalid_request_error", asking(messages=LONG)),
     "too long, streamed": (USER, BAD, 400, "invalid_request_error", asking(messages=LONG, stream=True)),
     "unknown key": (USER + "x", AUTH, 401, "authentication_error", asking()),
@@ -268,6 +270,41 @@ def test_thoughts_are_told_apart(minded: Anthropic) -> None:
         assert thought.thinking == "ab cd"
         assert text.type == "text"
         assert text.text.startswith("He said h")
+
+
+# --- an answer in a schema's form
+
+
+class Weather(pydantic.BaseModel):
+    city: Literal["ab", "cd"]
+    warm: bool
+
+
+WEATHER: Any = {"type": "json_schema", "schema": anthropic.transform_schema(Weather)}
+
+
+def test_a_structured_answer(client: Anthropic) -> None:
+    asked: Any = {"model": "tiny", "max_tokens": 100, "messages": HI}
+    for way in ({"output_config": {"format": WEATHER}}, {"extra_body": {"output_format": WEATHER}}):
+        answer = client.messages.create(**asked, **way)
+        Weather.model_validate_json(text_of(answer))
+        assert answer.stop_reason == "end_turn"
+    parsed = client.messages.parse(**asked, output_format=Weather)
+    assert isinstance(parsed.parsed_output, Weather)
+    with client.messages.stream(**asked, output_format=Weather) as stream:
+        told = "".join(stream.text_stream)
+        final = stream.get_final_message()
+    assert isinstance(final.parsed_output, Weather)
+    assert final.parsed_output == Weather.model_validate_json(told)
+    assert final.usage.output_tokens > 5
+
+
+def test_a_structured_answer_behind_thoughts(minded: Anthropic) -> None:
+    asked: Any = {"model": "wise", "max_tokens": 100, "messages": HI}
+    asked |= {"thinking": {"type": "enabled", "budget_tokens": 5}}
+    assert isinstance(minded.messages.parse(**asked, output_format=Weather).parsed_output, Weather)
+    with minded.messages.stream(**asked, output_format=Weather) as stream:
+        assert isinstance(stream.get_final_message().parsed_output, Weather)
 
 
 # --- what breaks: a stand-in for llama-server plays it

@@ -68,6 +68,34 @@ def test_the_health_port_may_be_the_gateways_own(tmp_path: Path, chat_model: Pat
         assert len(children(gateway.process.pid)) == 1, "no health server"
 
 
+@pytest.mark.parametrize(
+    ("host", "told", "reached"),
+    [("::", "127.0.0.1", ("127.0.0.1", "[::1]")), ("::1", "[::1]", ("[::1]",))],
+)
+def test_the_ready_line_tells_an_address_that_is_listened_on(
+    host: str, told: str, reached: tuple[str, ...], tmp_path: Path, chat_model: Path
+) -> None:
+    with running_gateway(tmp_path, MODEL_PATH=str(chat_model), HOST=host, ready=False) as gateway:
+        line = f"Corral is ready: http://{told}:{gateway.port}/v1 serves tiny\n"
+        eventually(lambda: gateway.stdout == line)
+        for address in reached:
+            with urllib.request.urlopen(f"http://{address}:{gateway.port}/ping", timeout=2) as reply:
+                assert reply.status == 200
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_loop_listens_ends_it_too(number: signal.Signals) -> None:
+    probe = (
+        "import os, sys, gateway.cli, gateway.cli.serve as serve\n"
+        f"serve.run = lambda: os.kill(os.getpid(), {number})\n"
+        "sys.argv[1:] = ['serve']\n"
+        "gateway.cli.main()\n"
+        "sys.exit('it went on')"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_draining_and_the_end(tmp_path: Path, chat_model: Path) -> None:
     with running_gateway(tmp_path, entrypoint=True, MODEL_PATH=str(chat_model)) as gateway:
         eventually(lambda: ping(gateway) == 200)

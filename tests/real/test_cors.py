@@ -14,6 +14,7 @@ pytestmark = pytest.mark.real
 
 HOME, SECOND, FOREIGN = "https://app.example", "http://localhost:3000", "https://evil.example"
 CHAT = "/v1/chat/completions"
+KINDS = ("limit", "remaining", "reset")
 
 
 def started(folder: Path, model: Path, origins: str) -> Any:
@@ -67,7 +68,9 @@ def test_an_allowed_origin_may_read_everything(listed: Gateway, origin: str) -> 
     for status, headers in everything(listed, origin):
         assert headers["access-control-allow-origin"] == origin, status
         assert "Origin" in headers["vary"]
-        assert "x-request-id" in headers["access-control-expose-headers"]
+        exposed = headers["access-control-expose-headers"].split(", ")
+        assert not {name for name in headers if name.startswith("x-")} - {*exposed, "x-accel-buffering"}
+        assert {f"x-ratelimit-{what}-{of}" for what in KINDS for of in ("requests", "tokens")} <= set(exposed)
 
 
 def test_a_foreign_origin_may_read_nothing(listed: Gateway) -> None:

@@ -154,8 +154,14 @@ ALLOWED = [
     ("DELETE", "/v1/models/tiny", "GET, HEAD"),
     ("PUT", "/metrics", "GET, HEAD"),
     ("PATCH", "/ping", "GET, HEAD"),
+    ("POST", "/", "GET, HEAD"),
+    ("POST", "/swagger/doc.json", "GET, HEAD"),
     ("GET", "/reload", "POST"),
+    ("GET", "/v1/models/load", "POST"),
+    ("HEAD", "/v1/models/eject", "POST"),
+    ("PUT", "/v1/models/eject", "GET, HEAD, POST"),
 ]
+PUBLIC = {"/metrics", "/ping", "/", "/swagger/doc.json"}
 
 
 @pytest.mark.parametrize(("method", "path", "allowed"), ALLOWED)
@@ -166,7 +172,8 @@ def test_other_methods(gateway: Gateway, method: str, path: str, allowed: str) -
         assert (reply.status, reply.body) == (405, b"")
     else:
         check(reply, 405, "method_not_allowed")
-    assert gateway.request(method, path, key=None).status == 401
+    stranger = gateway.request(method, path, key=None)
+    assert (stranger.status, stranger.headers.get("allow")) == ((405, allowed) if path in PUBLIC else (401, None))
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/nothing", "/reload", CHAT])

@@ -39,13 +39,17 @@ def answer(status: bytes, body: bytes) -> bytes:
     return HEAD % (status, len(body), body)
 
 
-def stream(*chunks: bytes, end: bytes = b"0\r\n\r\n") -> bytes:
-    head = (
-        b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nx-request-id: a\r\nTransfer-Encoding: chunked\r\n\r\n"
-    )
+def stream(*chunks: bytes, end: bytes = b"0\r\n\r\n", kind: bytes = b"text/event-stream") -> bytes:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nx-request-id: a\r\nTransfer-Encoding: chunked\r\n\r\n" % kind
     return head + b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks) + end
 
 
+def lines(*chunks: bytes, end: bytes = b"0\r\n\r\n") -> bytes:
+    return stream(*chunks, end=end, kind=b"application/x-ndjson")
+
+
+TOKEN = b'{"token":"a","done":false}\n'
+DONE = b'{"done":true,"content":"a"}\n'
 JUDGED: dict[str, tuple[bytes, str | None]] = {  # what came, and what the fuzzer says
     "an answer": (answer(b"200 OK", b"{}"), None),
     "a refusal": (answer(b"400 Bad Request", ERROR % b"invalid_request"), None),
@@ -64,6 +68,17 @@ JUDGED: dict[str, tuple[bytes, str | None]] = {  # what came, and what the fuzze
     "a stream": (stream(b"data: a\n\n", b"data: [DONE]\n\n"), None),
     "a stream that is cut": (stream(b"data: a\n\n", end=b""), "cut off"),
     "a stream that failed": (stream(b"data: " + ERROR % b"backend_error", end=b""), "cut off"),
+    "a refusal of infer": (answer(b"400 x", b'{"error":"m","code":"invalid_request"}'), None),
+    "a refusal of infer without words": (answer(b"400 x", b'{"error":"","code":"c"}'), "not our shape"),
+    "infer's fault": (answer(b"502 x", b'{"error":"m","code":"backend_error"}'), "502"),
+    "lines": (lines(TOKEN, DONE), None),
+    "lines that are cut": (lines(TOKEN, end=b""), "cut off"),
+    "lines that failed": (lines(TOKEN, b'{"error":"m","code":"backend_error"}\n', end=b""), "cut off"),
+    "lines that failed and ended": (lines(TOKEN, b'{"error":"m","code":"backend_error"}\n'), "without its end"),
+    "lines without an end": (lines(TOKEN), "without its end"),
+    "lines that are none": (lines(b"{", DONE), "no lines"),
+    "lines of something else": (lines(b'{"tokens":"a"}\n', DONE), "no tokens"),
+    "lines that say two things": (lines(TOKEN, TOKEN, DONE), "without its end"),
     "a stream that failed and ended": (stream(b"data: " + ERROR % b"backend_error"), "error in a stream"),
 }
 

@@ -126,3 +126,25 @@ async def test_the_next_request_takes_the_place(slow: Gateway) -> None:
         await until((2, 1), lambda: places(slow), 5)
     assert (await answer).status == 200
     assert b"499" in slow.get("/metrics", key=None).body
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/completion"])
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+async def test_what_was_made_until_then_is_counted(slow: Gateway, stream: bool, path: str) -> None:
+    """Who leaves before the end has had these tokens all the same: on limits, in records and metrics."""
+    wanted = 20
+
+    async def made() -> bool:
+        slots = await asyncio.to_thread(lambda: slow.get("/upstream/slow/slots", key=ADMIN).json())
+        return any(slot["is_processing"] and slot["next_token"][0]["n_decoded"] > wanted + 5 for slot in slots)
+
+    async with long_request(slow, stream=stream, path=path):
+        await until(True, made, 10)
+
+    async def told() -> bool:
+        newest = await asyncio.to_thread(lambda: slow.get("/logs?limit=1", key=ADMIN).json()["logs"])
+        mine = [one for one in newest if (one["status"], one["route"], one["stream"]) == (499, path, stream)]
+        return any(one["tokens_out"] >= wanted and 4 <= one["tokens_in"] < 40 for one in mine)
+
+    await until(True, told, 5)
+    await until(0, lambda: busy_slots(slow), WHOLE_SECONDS + BATCH_SECONDS)

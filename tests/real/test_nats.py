@@ -12,6 +12,7 @@ import pytest
 
 from tests.house import ADMIN, Gateway, running_gateway
 from tests.nats_kit import NatsServer, office, running_nats, until, until_async
+from tests.real.scrape import Growth
 
 pytestmark = pytest.mark.real
 
@@ -185,6 +186,26 @@ async def test_a_wrong_job_is_answered_with_an_error_and_not_tried_again(
         assert not await here.dead("tiny")
 
 
+async def test_what_is_refused_before_the_spine_is_recorded_and_counted(server: NatsServer, gateway: Gateway) -> None:
+    before = Growth(gateway)
+    jobs: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
+        "refused-chat": ({"messages": 5, "input": 6}, {}, "/v1/chat/completions"),
+        "refused-text": ({"input": 5}, {}, "/v1/completions"),
+        "refused-none": ({"params": 5}, {}, ""),
+        "refused-header": ({"input": "hi"}, {"X-Request-Priority": "urgent"}, "/v1/completions"),
+    }
+    async with office(server) as here:
+        for name, (job, headers, route) in jobs.items():
+            await here.send("tiny", {"req_id": name} | job, **headers)
+            assert (await here.answer(name))["error"]["code"] == "invalid_request"
+            row = await record(gateway, name)
+            about = {"route": route, "status": 400, "error": "invalid_request", "transport": "nats"}
+            assert about.items() <= row.items() and (row["key_id"], row["model"]) == ("nats", "tiny")
+    counted = {path: before.of("gateway_requests_total", path=path, status="400", model="tiny") for path in PATHS}
+    assert counted == {"/v1/chat/completions": 1, "/v1/completions": 2, "unknown": 1}
+
+
+PATHS = ("/v1/chat/completions", "/v1/completions", "unknown")
 NAMES = (
     *"input prompt messages params raw stream req_id trace_id max_tokens temperature stop grammar n".split(),
     "role",

@@ -86,20 +86,24 @@ def test_a_prompt_in_vllms_form_is_continued_as_it_stands(platform: Platform, wo
 
 
 def test_what_goes_wrong_fails_the_job_with_the_errors_fields(platform: Platform, worker: Worker) -> None:
-    for number, (given, code) in enumerate(
+    chat = "/v1/chat/completions"
+    for number, (given, code, route) in enumerate(
         [
-            ({}, "invalid_request"),
-            ({"openai_route": "/v1/files", "openai_input": {}}, "not_found"),
-            (openai_job(max_tokens=-5), "invalid_request"),
-            (openai_job(messages=[{"role": "user", "content": "word " * 9000}]), "context_length_exceeded"),
-            (openai_job(stream=True, messages="hello"), "invalid_request"),
+            ({}, "invalid_request", ""),
+            ({"openai_route": "/v1/files", "openai_input": {}}, "not_found", ""),
+            ({"openai_route": chat, "openai_input": 5}, "invalid_request", chat),
+            ({"input": 5}, "invalid_request", "/v1/completions"),
+            (openai_job(max_tokens=-5), "invalid_request", chat),
+            (openai_job(messages=[{"role": "user", "content": "word " * 9000}]), "context_length_exceeded", chat),
+            (openai_job(stream=True, messages="hello"), "invalid_request", chat),
         ]
     ):
         done = platform.result(platform.put(f"wrong-{number}", given))
         assert set(done) == {"error"}, done
         assert json.loads(done["error"])["code"] == code
         record = recorded(worker.data_dir, f"wrong-{number}")
-        assert (record["error"], record["transport"], record["key_id"]) == (code, "runpod", "runpod")
+        about = (record["error"], record["transport"], record["key_id"], record["route"])
+        assert about == (code, "runpod", "runpod", route)
 
 
 def test_the_models_are_listed(platform: Platform, worker: Worker) -> None:

@@ -70,11 +70,12 @@ def admit(request: web.Request, key: Key, scope: str) -> None:
 
 
 def needed_scope(request: web.Request) -> str | None:
-    """A path that does not exist asks for a key too: strangers learn nothing from it."""
-    path = template(request)
+    """A path that does not exist asks for a key too: strangers learn nothing from it. A public one is public by
+    whatever method: it is refused for the method, not for want of a key."""
+    path, scopes = template(request), request.app[SCOPE_OF]
     if path is None:
-        return "infer"
-    scopes = request.app[SCOPE_OF]
+        scope = scopes.get(request.path, "infer")
+        return scope if scope in (None, "metrics") else "infer"
     return scopes.get(f"{request.method} {path}", scopes.get(path, "infer"))
 
 

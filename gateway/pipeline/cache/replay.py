@@ -40,7 +40,7 @@ class Recording:
 
     def begin(self, reply: Reply, *, skip_progress: bool = False) -> None:
         self._parts, self._size, self._complete = [], 0, False  # of a server that died nothing has been passed on
-        self._progress = ProgressFilter() if skip_progress else None
+        self._progress = ProgressFilter(self.meter) if skip_progress else None
         self._content_type = reply.headers.get("content-type", self._content_type)
         self._answer.begin(reply, skip_progress=skip_progress)
 

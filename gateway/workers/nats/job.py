@@ -14,7 +14,7 @@ from nats.aio.msg import Msg
 from gateway.errors import BadRequest, CorralError, PayloadTooLarge
 from gateway.pipeline.call import Call, Fields, parse_json_object
 from gateway.pipeline.identity import identity
-from gateway.pipeline.plain import Plain, fill_call, plain_job, trace_of
+from gateway.pipeline.plain import Plain, fill_call, plain_job, template_of, trace_of
 from gateway.pipeline.routes import max_wait, priority
 from gateway.stores.keyfile import Key
 
@@ -120,6 +120,15 @@ def read_job(delivery: Delivery, most_bytes: int) -> Job:
     if plain.reply_to and not is_reply_subject(plain.reply_to):
         raise BadRequest(f"reply_to is {plain.reply_to[:100]!r}: must be a subject for answers", param="reply_to")
     return Job(plain, fields, names_in(delivery.data)[0] is not None)
+
+
+def route_of(data: bytes) -> str:
+    """The route of a job that is wrong, as far as it can be told: one of ROUTES, or empty."""
+    try:
+        fields = parse_json_object(data)
+    except CorralError:
+        return ""
+    return template_of(name for name, value in fields.items() if bytes(value) != b"null")
 
 
 def is_reply_subject(subject: str) -> bool:

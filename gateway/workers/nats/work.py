@@ -23,6 +23,7 @@ from gateway.errors import (
 )
 from gateway.pipeline.call import Call
 from gateway.pipeline.events import collected, events_of
+from gateway.pipeline.identity import sane_id
 from gateway.pipeline.plain import Text, plain_answer, plain_failure, plain_token, told_in
 from gateway.pipeline.turns import LARGE_BYTES
 from gateway.runtime import Runtime
@@ -38,10 +39,11 @@ from gateway.workers.jobs import (
     pause_before_next,
     why_failed,
 )
-from gateway.workers.nats.job import InHand, Job, call_for, is_reply_subject, names_in, read_job
+from gateway.workers.nats.job import InHand, Job, call_for, is_reply_subject, names_in, read_job, route_of
 from gateway.workers.nats.layout import DEAD_SUBJECT, REQUEST_SUBJECT
 from gateway.workers.nats.link import Away, Link
 from gateway.workers.nats.store import Store, answer_key
+from gateway.workers.refusals import Refused, note
 
 log = logging.getLogger("corral.nats")
 
@@ -107,7 +109,11 @@ class Work:
         means, hand, delivery = self._means, self._hand, self._hand.delivery
         if len(delivery.data) > LARGE_BYTES:
             await means.runtime.spine.turns.take()
-        job = read_job(delivery, means.runtime.settings.max_request_body_size)
+        try:
+            job = read_job(delivery, means.runtime.settings.max_request_body_size)
+        except CorralError as error:
+            self._note(error)
+            raise
         key = answer_key(hand.model, hand.req_id, job.fields)
         if job.named or delivery.deliveries > 1:
             kept = await self._surely(lambda: means.store().answer(key))
@@ -127,7 +133,11 @@ class Work:
         if key is None:
             raise ShuttingDown("the key of NATS_KEY_ID cannot be used", retry_after=5)
         stream = bool(job.plain.stream) and hand.reply_to is not None
-        call = hand.call = call_for(job, hand.delivery, key, hand.model, stream=stream)
+        try:
+            call = hand.call = call_for(job, hand.delivery, key, hand.model, stream=stream)
+        except CorralError as error:
+            self._note(error)
+            raise
         run = hand.run = asyncio.create_task(self._run(call), name=f"job {call.request_id}")
         if hand.cut:
             run.cancel()
@@ -142,6 +152,20 @@ class Work:
             log.error("a job broke off", exc_info=broken, extra={"request_id": hand.req_id})
             raise CorralError("something went wrong inside the gateway")
         return run.result()
+
+    def _note(self, error: CorralError) -> None:
+        """What is wrong was found before the spine."""
+        means, hand = self._means, self._hand
+        key, headers = means.key(), hand.delivery.headers
+        told = Refused(
+            transport="nats",
+            job_id=sane_id(hand.req_id) or hand.delivery.fallback_id,
+            key_id="" if key is None else key.id,
+            route=route_of(hand.delivery.data),
+            model=hand.model,
+            traceparent=headers.get("traceparent"),
+        )
+        note(means.runtime, told, error)
 
     async def _run(self, call: Call) -> bytes:
         runtime, hand = self._means.runtime, self._hand

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -21,7 +20,8 @@ from gateway.pipeline.usage import NO_USAGE, Usage
 from gateway.runtime import Runtime
 from gateway.state import ModelState
 from gateway.stores.keyfile import Key
-from gateway.workers.runpod.jobs import Asked, failure, read_job, shape_of
+from gateway.workers.refusals import Refused, note
+from gateway.workers.runpod.jobs import Asked, failure, read_job, route_of, shape_of
 
 log = logging.getLogger("corral.runpod")
 
@@ -131,7 +131,8 @@ class Handler:
                 return
             call = self._call(asked, str(job.get("id", "")))
         except CorralError as error:
-            self._refused(job, error)
+            told = Refused("runpod", str(job.get("id", "")), KEY_ID, route_of(job.get("input")))
+            note(self._runtime, told, error)
             yield failure(error)
             return
         run = _Run(self._runtime, call)
@@ -152,24 +153,6 @@ class Handler:
         finally:
             sdk_task.remove_done_callback(run.leave)
             await run.left()
-
-    def _refused(self, job: Job, error: CorralError) -> None:
-        """Writes down a job that cannot become a call."""
-        request_id, traceparent = identity(sane_id(str(job.get("id", ""))), None)
-        record = Record(
-            ts=time.time(),
-            request_id=request_id,
-            trace_id=traceparent[3:35],
-            key_id=KEY_ID,
-            route="",
-            method="POST",
-            transport="runpod",
-            stream=False,
-            status=error.status,
-            error=error.code,
-        )
-        self._runtime.accounts.refused(record)
-        log.info("the job is refused: %s", error.message, extra={"request_id": request_id})
 
     def _call(self, asked: Asked, job_id: str) -> Call:
         """Raises BadRequest, InvalidJSON, ExpiredKey, InsufficientScope."""

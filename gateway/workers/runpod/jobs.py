@@ -22,7 +22,17 @@ from gateway.errors import BackendError, BadRequest, CorralError, NotFound, Payl
 from gateway.pipeline.call import Call, Fields, parse_json_object, read_fields, typed_field
 from gateway.pipeline.dialects import Dialect
 from gateway.pipeline.frames import Frame
-from gateway.pipeline.plain import Plain, Text, Told, fill_call, plain_answer, plain_job, plain_token, told_in
+from gateway.pipeline.plain import (
+    Plain,
+    Text,
+    Told,
+    fill_call,
+    plain_answer,
+    plain_job,
+    plain_token,
+    template_of,
+    told_in,
+)
 from gateway.pipeline.routes import ROUTES
 from gateway.pipeline.usage import Usage
 
@@ -65,6 +75,19 @@ def read_job(given: object, most_bytes: int) -> Asked:
     fields = parse_json_object(body)
     of_vllm = any(name in fields for name in _OF_VLLM)
     return Asked(len(body), plain=plain_job(_from_vllm(fields) if of_vllm else fields, raw=of_vllm))
+
+
+def route_of(given: object) -> str:
+    """The route of a job that is wrong, as far as it can be told: one of ROUTES, or empty."""
+    if isinstance(given, str):
+        return template_of(["input"])
+    if not isinstance(given, dict):
+        return ""
+    route = given.get("openai_route")
+    if "openai_route" not in given:
+        return template_of(name for name in given if given[name] is not None)
+    named = "/" + route.strip("/") if isinstance(route, str) else ""
+    return named if named in ROUTES else ""
 
 
 def _by_route(given: dict[str, Any], size: int) -> Asked:
