@@ -148,3 +148,23 @@ async def test_what_was_made_until_then_is_counted(slow: Gateway, stream: bool, 
 
     await until(True, told, 5)
     await until(0, lambda: busy_slots(slow), WHOLE_SECONDS + BATCH_SECONDS)
+
+
+async def test_who_has_read_it_to_its_end_has_not_left(gateway: Gateway) -> None:
+    """Only the connection's own end came after the client had gone."""
+    body = json.dumps({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "stream": True}).encode()
+    for number in range(30):
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        writer.write(
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {USER}\r\n"
+            f"x-request-id: read-{number}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
+        await reader.readuntil(b"data: [DONE]\n\n")
+        writer.transport.abort()
+
+    async def statuses() -> list[int]:
+        rows = await asyncio.to_thread(lambda: gateway.get("/logs?limit=30", key=ADMIN).json()["logs"])
+        return [row["status"] for row in rows if row["request_id"].startswith("read-")]
+
+    await until([200] * 30, statuses, 5)
