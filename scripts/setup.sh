@@ -46,7 +46,7 @@ apt_install() (
     forbid_starts
     "${install[@]}" || { apt-get update -qq && "${install[@]}"; } || exit
     command -v systemctl >/dev/null || exit 0
-    dpkg -L "$@" | sed -n 's|.*/systemd/system/\([^/@]*\.\(service\|socket\|timer\)\)$|\1|p' |
+    dpkg -L "$@" | sed -En 's,.*/systemd/system/([^/@]*\.(service|socket|timer))$,\1,p' |
         xargs -r systemctl disable --quiet || true
 )
 

@@ -214,3 +214,6 @@ def test_among_several_a_name_must_be_an_id_or_an_alias() -> None:
         assert "a, b, c" in error.message and "\n" not in error.message
     with pytest.raises(ModelNotFound, match=r"names no model.*a, b, c"):
         Registry(specs, single=False).resolve(None)
+    for visible, known in (("bc", "b, c"), ("", "none for this key")):
+        with pytest.raises(ModelNotFound, match=f"there are: {known}$"):
+            registry.resolve("gpt-4", visible.__contains__)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from gateway.errors import BackendGone
@@ -148,6 +150,26 @@ async def test_no_ping_goes_into_a_body_of_known_length_or_to_one_who_left() -> 
     gone.client.close()
     gone.splice.ping()
     assert not gone.client.writes
+
+
+@pytest.mark.parametrize("interval", [0.2, 0.4, 0.7, 1.0, 3.0])
+def test_pings_of_a_short_interval_come_as_soon_as_the_tick_allows(interval: float) -> None:
+    tick = 0.25
+
+    async def main() -> None:
+        silent = Rig()
+        pinger = Pinger(interval)
+        pinger.add(silent.splice)
+        pinged: list[float] = []
+        for number in range(100):
+            before = len(silent.client.writes)
+            pinger.tick(number * tick)
+            pinged += [number * tick] * (len(silent.client.writes) - before)
+        gaps = [later - earlier for earlier, later in itertools.pairwise(pinged)]
+        assert len(gaps) >= 5
+        assert all(interval - tick / 2 <= gap <= 1.25 * interval + 2 * tick for gap in gaps), gaps
+
+    run(main())
 
 
 def test_pings_come_after_an_interval_of_silence_and_one_timer_serves_all() -> None:

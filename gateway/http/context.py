@@ -57,7 +57,8 @@ async def on_prepare(request: web.Request, response: web.StreamResponse) -> None
     """For the responses that aiohttp writes; a splice writes its own head."""
     response.headers["Server"] = "Corral"
     for name, value in common_headers(request):
-        response.headers[name] = value
+        own = response.headers.get(name) if name == "Vary" else None
+        response.headers[name] = f"{own}, {value}" if own else value
 
 
 def response_head(status: int, headers: Headers) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gateway.models.local import LocalOwner
@@ -66,6 +66,7 @@ class MemoryView:
 def foretell(owner: LocalOwner, need: Need, landlord: Landlord) -> Plan:
     """What loading it now would do; `need` is what it has booked, or would book."""
     booked, room = owner.id in landlord.needs, landlord.ask(owner, need)
+    evict, busy = room.evict, room.busy
     if booked:
         reason = f"it is {owner.state}"
     elif room.fits:
@@ -74,17 +75,24 @@ def foretell(owner: LocalOwner, need: Need, landlord: Landlord) -> Plan:
         reason = landlord.refusal(owner, need, room).message
     elif room.evict:
         reason = f"{', '.join(room.evict)} would go: least recently used, and idle"
+    elif room.look_again_at is not None:
+        evict, busy = room.busy, ()
+        reason = f"{', '.join(evict)} would go, in a moment: idle, and loaded only now"
     else:
-        reason = f"it would wait until {', '.join(room.busy)} is idle"
+        reason = f"it would wait until {_are(room.busy)} idle"
     return Plan(
         model=owner.id,
         fits=booked or not room.never,
         already_loaded=owner.backend is not None,
         need_mb=mib(need, landlord.budget),
-        evict=room.evict if not booked else (),
-        blocked_by=room.busy if not booked else (),
+        evict=evict if not booked else (),
+        blocked_by=busy if not booked else (),
         reason=reason,
     )
+
+
+def _are(names: Sequence[str]) -> str:
+    return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'}"
 
 
 def memory_view(owners: Mapping[str, Owner], board: Board, landlord: Landlord, margin_mb: int) -> MemoryView:

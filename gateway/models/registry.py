@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,12 @@ class Registry:
         self.vram_multiplier = choices.vram_multiplier
         self.warnings = choices.warnings
 
-    def resolve(self, name: str | None) -> ModelSpec:
-        """Raises ModelNotFound, naming what exists."""
+    def resolve(self, name: str | None, visible: Callable[[str], bool] = lambda _: True) -> ModelSpec:
+        """Raises ModelNotFound, naming what exists and is `visible` to the one who asks."""
         wanted = self.default if name is None or self.single else name
         spec = self._names.get(wanted) if wanted is not None else None
         if spec is None:
-            known = ", ".join(sorted(self.specs))
+            known = ", ".join(sorted(filter(visible, self.specs))) or "none for this key"
             said = f"the model {name!r} does not exist" if name else "the request names no model"
             raise ModelNotFound(f"{said}; there are: {known}", param="model")
         return spec

@@ -90,7 +90,7 @@ class Spine:
         record = self._accounts.open(call, answer.meter)
         streamed = call.stream
         try:
-            spec = self._manager.registry.resolve(call.model)  # 1
+            spec = self._manager.registry.resolve(call.model, call.key.may_use)  # 1
             record.model, owner = spec.id, self._manager.owners[spec.id]
             authorise(call.key, spec)  # 2
             if spec.defaults and call.raw is None:

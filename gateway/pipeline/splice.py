@@ -258,9 +258,11 @@ class Pinger:
     def tick(self, now: float) -> None:
         if now < self._next:
             return
-        self._next = now + self._interval / self.LOOKS
+        step = self._interval / self.LOOKS
+        looks = 1 + int((now - self._next) / step) if self._next and step else 1  # a short step is shorter than a tick
+        self._next = now + step
         for splice in tuple(self._streams):
-            splice.quiet += 1
+            splice.quiet += looks
             if splice.quiet > self.LOOKS:
                 splice.ping()
                 splice.quiet = 1

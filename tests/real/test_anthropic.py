@@ -285,7 +285,8 @@ WEATHER: Any = {"type": "json_schema", "schema": anthropic.transform_schema(Weat
 
 def test_a_structured_answer(client: Anthropic) -> None:
     asked: Any = {"model": "tiny", "max_tokens": 100, "messages": HI}
-    for way in ({"output_config": {"format": WEATHER}}, {"extra_body": {"output_format": WEATHER}}):
+    ways: list[Any] = [{"output_config": {"format": WEATHER}}, {"extra_body": {"output_format": WEATHER}}]
+    for way in ways:
         answer = client.messages.create(**asked, **way)
         Weather.model_validate_json(text_of(answer))
         assert answer.stop_reason == "end_turn"

@@ -47,6 +47,8 @@ def test_a_model_that_there_is_not(herd: Gateway) -> None:
     assert refusal(reply) == (404, "model_not_found")
     assert "whisper-1" in reply.json()["error"]["message"]
     assert refusal(ask(herd, "")) == (404, "model_not_found")
+    told = ask(herd, "whisper-1", key=LIMITED).json()["error"]["message"]
+    assert told.endswith("there are: b, broken")  # and nothing of those that this key may not use
 
 
 def test_a_model_that_the_key_may_not_use(herd: Gateway) -> None:

@@ -73,6 +73,12 @@ def test_an_allowed_origin_may_read_everything(listed: Gateway, origin: str) -> 
         assert {f"x-ratelimit-{what}-{of}" for what in KINDS for of in ("requests", "tokens")} <= set(exposed)
 
 
+@pytest.mark.parametrize("path", ["/", "/openapi.json"])
+def test_what_is_compressed_differs_by_more_than_the_origin(listed: Gateway, path: str) -> None:
+    reply = listed.get(path, key=None, headers={"Origin": HOME, "Accept-Encoding": "gzip"})
+    assert reply.headers["vary"] == "Accept-Encoding, Origin"
+
+
 def test_a_foreign_origin_may_read_nothing(listed: Gateway) -> None:
     for status, headers in everything(listed, FOREIGN):
         assert not [name for name in headers if name.startswith("access-control")], status

@@ -6,6 +6,7 @@ import asyncio
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -131,6 +132,30 @@ async def test_a_job_over_a_limit_waits_and_is_answered(server: NatsServer, tmp_
                 await here.send("tiny", {"req_id": f"job {number}", "input": "hi", "params": {"max_tokens": 400}})
             for number in range(6):
                 assert (await here.answer(f"job {number}", 25))["tokens_out"] == 400
+
+
+async def test_jobs_and_requests_of_one_key_share_its_limits(
+    server: NatsServer, tmp_path: Path, chat_model: Path
+) -> None:
+    secrets = [f"sk-{name}-0123456789abcdefghij" for name in ("batch", "admin")]
+    keys = tmp_path / "keys.txt"
+    keys.write_text(f"batch:{secrets[0]} budget=70/day\nadmin:{secrets[1]} scope=admin\n")
+    keys.chmod(0o600)
+    about = {"MODEL_PATH": str(chat_model), "NATS_URL": server.url, "NATS_KEY_ID": "batch", "AUTH_KEYS_FILE": str(keys)}
+    with running_gateway(tmp_path / "gateway", about) as gateway:
+        async with office(server) as here:
+            job: dict[str, Any] = {"input": "hi", "params": {"max_tokens": 40}}
+            assert (await here.ask("tiny", "within", **job))["tokens_out"] == 40
+            answer = await here.ask("tiny", "over", **job)
+            assert answer["error"]["code"] == "insufficient_quota" and answer["text"] == ""
+            assert not await here.dead("tiny")
+            reply = gateway.request("POST", "/v1/chat/completions", LONG_CHAT, key=secrets[0])
+            assert (reply.status, reply.json()["error"]["code"]) == (429, "insufficient_quota")
+            scraped = gateway.get("/metrics", key=secrets[1]).body.decode()
+            assert 'gateway_rate_limited_total{reason="insufficient_quota"} 2.0' in scraped
+
+
+LONG_CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 40}
 
 
 async def test_a_job_whose_sender_waits_for_so_long_only(server: NatsServer, tmp_path: Path, slow_model: Path) -> None:
