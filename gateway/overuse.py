@@ -9,6 +9,8 @@ from gateway.errors import ConcurrencyExceeded, InsufficientQuota, RateLimitExce
 
 Headers = Iterable[tuple[str, str]]
 
+WHOLE_WINDOW = 60.0  # seconds
+
 
 def too_many_requests(limit: int, wait: float, headers: Headers) -> RateLimitExceeded:
     """`wait`, here and below: seconds until the request will pass."""
@@ -22,9 +24,10 @@ def too_many_tokens(limit: int, asked: int, wait: float, headers: Headers) -> To
 
 
 def never_so_many_tokens(limit: int, asked: int, headers: Headers) -> TokensExceeded:
-    """It is larger than the limit by itself."""
+    """It is larger than the limit by itself: the wait is for a shorter one, when all that was used has left."""
     return TokensExceeded(
         f"this request may use {asked} tokens, and {limit} a minute are allowed for this key: ask for a shorter answer",
+        retry_after=WHOLE_WINDOW,
         headers=dict(headers) | {"x-should-retry": "false"},
     )
 

@@ -19,7 +19,7 @@ from gateway.environment import load_settings, read_settings
 from gateway.errors import ConfigError
 from gateway.models.file import read_models_file
 from gateway.settings import Settings
-from gateway.stores.keyfile import KeyFile
+from gateway.stores.keys.file import KeyFile
 from scripts import fetch_llama_server
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,9 +12,9 @@ from typing import Any
 
 from gateway.pipeline.account import Record
 from gateway.pipeline.usage import Usage
-from gateway.stores.audit import Keeping
-from gateway.stores.books import Books
-from gateway.stores.db import Place
+from gateway.stores.records.audit import Keeping
+from gateway.stores.records.books import Books
+from gateway.stores.records.db import Place
 
 
 def record(number: int = 0, **fields: Any) -> Record:

@@ -10,7 +10,7 @@ import msgspec
 from gateway.pipeline.cache.key import Wish
 from gateway.pipeline.call import Call, read_fields
 from gateway.pipeline.routes import ROUTES
-from gateway.stores.keyfile import Key
+from gateway.stores.keys.file import Key
 from tests.house import ADMIN, USER, Gateway, Response
 
 OTHER = "sk-other-0123456789abcdefghijABCDEFGHIJ"

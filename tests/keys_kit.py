@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.stores import hashes
+from gateway.stores.keys import hashes
 
 PLAIN = "plain-secret-0123456789"
 RANDOM = "sk-bob-0123456789abcdefghijklmnopqrstuvwxyz0123456"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gateway.admission.limits import Claim
 from gateway.errors import TooManyRequests
-from gateway.stores.redis_limits import SharedLimits, SharedReservation, Timing, sharing
+from gateway.stores.shared.limits import SharedLimits, SharedReservation, Timing, sharing
 from tests.house import ROOT, eventually, free_port
 
 

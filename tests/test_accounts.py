@@ -14,8 +14,8 @@ from gateway.pipeline.account import Accounts, KeepingMeter, Meter, Record, Tric
 from gateway.pipeline.call import Call, Route
 from gateway.pipeline.dialects import Dialect
 from gateway.pipeline.loglines import FullLine, Line, parameters, wishes
-from gateway.stores.audit import Detail
-from gateway.stores.keyfile import Key
+from gateway.stores.keys.file import Key
+from gateway.stores.records.audit import Detail
 from tests.books_kit import record
 from tests.hot_path_kit import client, house, request
 from tests.house import USER

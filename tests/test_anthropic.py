@@ -18,7 +18,7 @@ from gateway.pipeline.grammars import rules_of
 from gateway.pipeline.plain import Told
 from gateway.pipeline.shield import shielded
 from gateway.pipeline.usage import Usage
-from gateway.stores.keyfile import Key
+from gateway.stores.keys.file import Key
 
 HI = [{"role": "user", "content": "hi"}]
 TEXT = {"type": "text", "text": "a"}

@@ -14,10 +14,10 @@ import pytest
 
 from gateway.events import Event
 from gateway.pipeline.usage import NO_USAGE
-from gateway.stores import audit
-from gateway.stores.audit import COLUMNS, Detail
-from gateway.stores.books import Books
-from gateway.stores.records import Page, Wanted, listed
+from gateway.stores.records import audit
+from gateway.stores.records.audit import COLUMNS, Detail
+from gateway.stores.records.books import Books
+from gateway.stores.records.reading import Page, Wanted, listed
 from tests.books_kit import Said, count, opened, record, rows
 
 

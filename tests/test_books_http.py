@@ -26,9 +26,9 @@ from gateway.http.context import KEY, RUNTIME
 from gateway.http.middleware.errors import errors
 from gateway.pipeline.usage import Usage
 from gateway.runtime import Runtime
-from gateway.stores.books import Books
-from gateway.stores.keyfile import Key
-from gateway.stores.records import Wanted
+from gateway.stores.keys.file import Key
+from gateway.stores.records.books import Books
+from gateway.stores.records.reading import Wanted
 from tests.books_kit import opened, record
 from tests.house import soon
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.stores.breaker import FIRST_PAUSE, LONGEST_PAUSE, STABLE_SECONDS, Breaker, Phase, unproven
+from gateway.stores.shared.breaker import FIRST_PAUSE, LONGEST_PAUSE, STABLE_SECONDS, Breaker, Phase, unproven
 
 OPENED = [("bad", 100.0)] * 3
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from gateway.stores.cache import AtHand, FileAnswers, Stored
-from gateway.stores.db import Place
-from gateway.stores.redis_cache import PREFIX, WITHIN_SECONDS, RedisAnswers
-from gateway.stores.semantic import Meanings
+from gateway.stores.cache.answers import AtHand, FileAnswers, Stored
+from gateway.stores.cache.shared import PREFIX, WITHIN_SECONDS, RedisAnswers
+from gateway.stores.cache.vectors import Meanings
+from gateway.stores.records.db import Place
 from tests.house import soon
 from tests.redis_kit import RedisServer, running_redis
 

@@ -29,7 +29,7 @@ from gateway.pipeline.events import Collected, Events
 from gateway.pipeline.media.find import Media
 from gateway.pipeline.splice import Answer
 from gateway.settings import Settings
-from gateway.stores.cache import MOST_ENTRY, AtHand, Stored
+from gateway.stores.cache.answers import MOST_ENTRY, AtHand, Stored
 from tests.cache_kit import GREEDY, call_of
 from tests.house import soon
 

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 
 from gateway.errors import Unavailable
-from gateway.stores import audit, db, dbrows
-from gateway.stores.audit import Keeping
-from gateway.stores.books import open_books
-from gateway.stores.db import Place
-from gateway.stores.dbfile import filesystem_of, on_network, places
+from gateway.stores.records import audit, db
+from gateway.stores.records import rows as dbrows
+from gateway.stores.records.audit import Keeping
+from gateway.stores.records.books import open_books
+from gateway.stores.records.db import Place
+from gateway.stores.records.file import filesystem_of, on_network, places
 from tests.books_kit import books_at, count, opened, record, rows
 from tests.house import ROOT, eventually
 
@@ -200,7 +201,7 @@ def test_a_file_of_an_older_version_is_brought_up_to_date(path: Path, monkeypatc
     with opened(path) as books:
         books.record(record(1))
     monkeypatch.setattr(
-        "gateway.stores.books.MIGRATIONS",
+        "gateway.stores.records.books.MIGRATIONS",
         [audit.SCHEMA, "ALTER TABLE requests ADD COLUMN extra TEXT; CREATE TABLE more (a)", "CREATE TABLE third (a)"],
     )
     with opened(path):
@@ -212,7 +213,9 @@ def test_a_file_of_an_older_version_is_brought_up_to_date(path: Path, monkeypatc
 def test_a_migration_that_fails_half_way_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(path):
         pass
-    monkeypatch.setattr("gateway.stores.books.MIGRATIONS", ["", "CREATE TABLE more (a); CREATE TABLE requests (a)"])
+    monkeypatch.setattr(
+        "gateway.stores.records.books.MIGRATIONS", ["", "CREATE TABLE more (a); CREATE TABLE requests (a)"]
+    )
     said: list[str | None] = []
     with opened(path, said) as books:
         assert "already exists" in (books.database.problem or "")
@@ -330,7 +333,7 @@ def test_a_full_disk_stops_nothing_and_what_waited_is_written_afterwards(
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from gateway.stores import db
+from gateway.stores.records import db
 from tests.books_kit import count, opened, record
 from tests.house import eventually
 db.RETRY_SECONDS = 0.05
@@ -472,7 +475,9 @@ def test_the_places_in_order() -> None:
 
 
 def test_on_a_network_volume_the_books_are_on_the_local_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.stores.dbfile._mountinfo", lambda: f"30 22 0:40 / {path.parent} rw - nfs4 a:/x rw")
+    monkeypatch.setattr(
+        "gateway.stores.records.file._mountinfo", lambda: f"30 22 0:40 / {path.parent} rw - nfs4 a:/x rw"
+    )
     with opened(path) as books:
         books.record(record(1))
     local = path.parent / "local" / "corral-pod.sqlite"

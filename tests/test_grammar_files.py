@@ -11,8 +11,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from gateway.stores import grammar_files as files
-from gateway.stores.grammar_files import About, Grammar, Passed
+from gateway.stores.grammars import files
+from gateway.stores.grammars.files import About, Grammar, Passed
 
 MADE, GONE = (datetime(2026, month, 1, tzinfo=UTC) for month in (1, 2))
 TEXT = 'root ::= "a"\n'

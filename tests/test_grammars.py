@@ -12,10 +12,8 @@ from typing import Any
 import pytest
 
 from gateway.errors import BadRequest, CorralError, GrammarNotFound
-from gateway.stores import grammar_files as files
-from gateway.stores import grammars as store
-from gateway.stores import verdicts
-from gateway.stores.grammars import Grammars, open_grammars
+from gateway.stores.grammars import files, store, verdicts
+from gateway.stores.grammars.store import Grammars, open_grammars
 from tests.house import soon
 
 ONE, TWO, BAD, ODD = 'root ::= "1"', 'root ::= "2"', "bad ::=", "odd ::="

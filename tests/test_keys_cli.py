@@ -15,9 +15,10 @@ import pytest
 
 from gateway.cli import keys as cli
 from gateway.cli import make_parser
-from gateway.stores import hashes, keyio
-from gateway.stores.keyfile import Key, KeyFile, format_time
-from gateway.stores.keys import KeyRing
+from gateway.stores.keys import hashes
+from gateway.stores.keys import io as keyio
+from gateway.stores.keys.file import Key, KeyFile, format_time
+from gateway.stores.keys.ring import KeyRing
 
 OWN = "my-own-secret-0123456789"
 NOW = 1_800_000_000.0  # 2027-01-15T08:00:00Z

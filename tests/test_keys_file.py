@@ -10,7 +10,16 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from gateway.stores.keyfile import Key, KeyFile, compose, format_time, parse_line, parse_time, with_expiry, with_secret
+from gateway.stores.keys.file import (
+    Key,
+    KeyFile,
+    compose,
+    format_time,
+    parse_line,
+    parse_time,
+    with_expiry,
+    with_secret,
+)
 
 S = "a-Secret_0123456789"
 SHA = "sha256$" + "0f" * 32

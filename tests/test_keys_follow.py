@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from gateway.errors import InvalidKey
-from gateway.stores import hashes, keyio, keys
-from gateway.stores.keys import Key, KeyRing, ReloadReport
+from gateway.stores.keys import hashes
+from gateway.stores.keys import io as keyio
+from gateway.stores.keys import ring as keys
+from gateway.stores.keys.ring import Key, KeyRing, ReloadReport
 from tests.keys_kit import CHOSEN, HERE, PLAIN, RANDOM, count_slow, slow, write
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.stores import hashes
+from gateway.stores.keys import hashes
 
 SECRET = "my-own-secret-0123456789"
 # Made by passlib with the packages installed.
@@ -59,7 +59,7 @@ def test_passlib_is_not_imported_where_no_key_needs_it(tmp_path: Path) -> None:
     path = tmp_path / "keys.txt"
     path.write_text(f"alice:{SECRET}\nbob:{hashes.fast_hash(SECRET + 'b')}\n")
     script = (
-        "import sys, pathlib; from gateway.stores.keys import KeyRing; "
+        "import sys, pathlib; from gateway.stores.keys.ring import KeyRing; "
         "ring = KeyRing(pathlib.Path(sys.argv[1])); assert ring.report.loaded == 2; "
         "sys.exit('passlib' in sys.modules)"
     )

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from gateway.stores import keyio
-from gateway.stores.keyfile import KeyFile
+from gateway.stores.keys import io as keyio
+from gateway.stores.keys.file import KeyFile
 
 S = "a-Secret_0123456789"
 
 ADD_KEYS = f"""
 import sys
 from pathlib import Path
-from gateway.stores import keyio
+from gateway.stores.keys import io as keyio
 path, who, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 for number in range(count):
     with keyio.edit(path, create=True) as keys:

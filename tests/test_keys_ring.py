@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from gateway.errors import ExpiredKey, InvalidKey, MissingKey, RateLimitExceeded
-from gateway.stores import hashes, keys
-from gateway.stores.failures import Failures
-from gateway.stores.keyfile import format_time
-from gateway.stores.keys import Key, KeyRing, ReloadReport, RingView, presented
+from gateway.stores.keys import hashes
+from gateway.stores.keys import ring as keys
+from gateway.stores.keys.failures import Failures
+from gateway.stores.keys.file import format_time
+from gateway.stores.keys.ring import Key, KeyRing, ReloadReport, RingView, presented
 from tests.keys_kit import CHOSEN, HERE, PLAIN, RANDOM, count_slow, slow, write
 
 

@@ -17,7 +17,7 @@ from gateway.http.live import Counts, First, LiveFeed, Look, Rates, quantile, sp
 from gateway.metrics import Metrics
 from gateway.runtime import Runtime
 from gateway.state import ServiceState
-from gateway.stores.keyfile import Key
+from gateway.stores.keys.file import Key
 from tests.hot_path_kit import EVENT, FINAL, Client, Rote, client, counting, house, request
 from tests.house import ADMIN, USER, soon
 

@@ -25,9 +25,9 @@ from gateway.errors import (
     TokensExceeded,
     TooManyRequests,
 )
-from gateway.stores.breaker import Breaker
-from gateway.stores.redis_calls import Calls, Outcome
-from gateway.stores.redis_limits import SharedLimits, SharedReservation, Timing, Told, sharing
+from gateway.stores.shared.breaker import Breaker
+from gateway.stores.shared.calls import Calls, Outcome
+from gateway.stores.shared.limits import SharedLimits, SharedReservation, Timing, Told, sharing
 from tests.house import ROOT, soon
 from tests.redis_kit import PATIENT, RedisServer, attempt, attempts, go, other_gateway, passed, running_redis
 
@@ -487,5 +487,5 @@ async def test_a_wrong_url_is_told_without_its_password(url: str) -> None:
 
 
 def test_redis_is_imported_only_where_it_is_used() -> None:
-    program = "import sys, gateway.stores.redis_limits; sys.exit('redis' in sys.modules)"
+    program = "import sys, gateway.stores.shared.limits; sys.exit('redis' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0

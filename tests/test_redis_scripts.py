@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from gateway.stores.redis_calls import Calls, Outcome, connect
-from gateway.stores.redis_scripts import BEAT, GATEWAYS, REFUND, RENEW, RESERVE, SETTLE, keys_of
+from gateway.stores.shared.calls import Calls, Outcome, connect
+from gateway.stores.shared.scripts import BEAT, GATEWAYS, REFUND, RENEW, RESERVE, SETTLE, keys_of
 from tests.house import eventually
 from tests.redis_kit import RedisServer, running_redis
 

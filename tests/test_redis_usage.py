@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from gateway.pipeline.usage import Usage
-from gateway.stores.redis_usage import TELL_ALL_EVERY, SharedUsage, added_up, days_of, sharing_usage
-from gateway.stores.usage import DAY, Line, iso_day
+from gateway.stores.records.usage import DAY, Line, iso_day
+from gateway.stores.shared.usage import TELL_ALL_EVERY, SharedUsage, added_up, days_of, sharing_usage
 from tests.books_kit import record
 from tests.redis_kit import RedisServer, running_redis
 

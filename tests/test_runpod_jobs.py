@@ -17,7 +17,7 @@ from gateway.pipeline.dialects import Dialect
 from gateway.pipeline.frames import Frame
 from gateway.pipeline.routes import ROUTES
 from gateway.pipeline.usage import Usage
-from gateway.stores.keyfile import Key
+from gateway.stores.keys.file import Key
 from gateway.workers.runpod.jobs import PlainForm, Raw, failure, read_job, route_of, shape_of
 
 MESSAGES = [{"role": "user", "content": "hi"}]

@@ -12,7 +12,7 @@ from gateway.pipeline.bounds import MAX_BYTES, MAX_DEPTH, check_grammar, check_s
 from gateway.pipeline.call import Call, Route, parse_json_object
 from gateway.pipeline.dialects import Dialect
 from gateway.pipeline.shield import bound_answer, shielded
-from gateway.stores.keyfile import Key
+from gateway.stores.keys.file import Key
 
 HI = [{"role": "user", "content": "hi"}]
 

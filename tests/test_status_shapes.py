@@ -10,7 +10,7 @@ import pytest
 from gateway.http.status import full_status, health_body, iso, status_row, updates, vram_body
 from gateway.models.overview import DeviceRow, MemoryView, ModelRow
 from gateway.state import Board, ModelState, ModelStatus
-from gateway.stores.keyfile import Key
+from gateway.stores.keys.file import Key
 
 ALL, ONE = Key("all"), Key("one", models=("a",))
 RAM = DeviceRow("RAM", total_mb=64_000, used_mb=16_000, free_mb=48_000, budget_mb=60_000, booked_mb=100)

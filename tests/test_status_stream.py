@@ -20,7 +20,7 @@ from gateway.http import sse, status
 from gateway.http.context import KEY, RUNTIME
 from gateway.runtime import Runtime
 from gateway.state import Board, ModelState, ServiceState
-from gateway.stores.keyfile import Key
+from gateway.stores.keys.file import Key
 from tests.house import soon
 
 STREAM = "/v1/models/status/stream"

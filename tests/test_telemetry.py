@@ -20,8 +20,8 @@ from gateway.http.context import RUNTIME
 from gateway.http.middleware.errors import errors
 from gateway.pipeline.usage import NO_USAGE, Usage
 from gateway.runtime import Runtime
-from gateway.stores.books import Books
-from gateway.stores.telemetry import Asked
+from gateway.stores.records.books import Books
+from gateway.stores.records.telemetry import Asked
 from tests.books_kit import opened, record
 from tests.telemetry_kit import check_errors, check_requests, check_summary
 

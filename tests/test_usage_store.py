@@ -12,10 +12,10 @@ import pytest
 from gateway.admission.budgets import BudgetStore
 from gateway.pipeline.usage import NO_USAGE
 from gateway.pipeline.usage import Usage as Spent
-from gateway.stores import usage
-from gateway.stores.books import Books
-from gateway.stores.dbrows import Bell
-from gateway.stores.usage import Budgets, Changed, Line, Tally, Usage, iso_day, used
+from gateway.stores.records import usage
+from gateway.stores.records.books import Books
+from gateway.stores.records.rows import Bell
+from gateway.stores.records.usage import Budgets, Changed, Line, Tally, Usage, iso_day, used
 from tests.books_kit import books_at, opened, record, rows
 
 DAY = 86_400.0

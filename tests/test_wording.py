@@ -8,7 +8,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from gateway.stores.wording import MOST_CHARACTERS, gist
+from gateway.stores.cache.wording import MOST_CHARACTERS, gist
 from tests.wording_pairs import NEAR_MISSES, PARAPHRASES, UNSEEN_NEAR_MISSES
 
 ALIKE = 0.7  # of the paraphrases; docs/CACHE.md has the numbers

@@ -178,7 +178,7 @@ NEAR_MISSES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 
-# Written after the rules of `stores/wording.py` were, and no rule was made for them: what to expect of others.
+# Written after the rules of `stores/cache/wording.py` were, and no rule was made for them: what to expect of others.
 UNSEEN_PARAPHRASES = (
     ("How do I reverse a string in JavaScript?", "How can I reverse a string in JavaScript?"),
     ("How do I reverse a string in JavaScript?", "What's the easiest way to reverse a string in JavaScript?"),

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from gateway.cli import keys_options
-from gateway.stores import hashes, keyio
-from gateway.stores.keyfile import (
+from gateway.stores.keys import hashes
+from gateway.stores.keys import io as keyio
+from gateway.stores.keys.file import (
     Key,
     KeyFile,
     Line,

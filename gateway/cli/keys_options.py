@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from gateway.stores.keyfile import PRIORITIES
+from gateway.stores.keys.file import PRIORITIES
 
 # Options that become words of the key's line, under the same names.
 ATTRIBUTES = ("scope", "models", "tpm", "concurrency", "priority", "budget")

@@ -9,7 +9,7 @@ from aiohttp import web
 from gateway.pipeline.identity import new_request_id
 from gateway.pipeline.splice import Headers
 from gateway.runtime import Runtime
-from gateway.stores.keyfile import Key
+from gateway.stores.keys.file import Key
 
 RUNTIME = web.AppKey("runtime", Runtime)
 

@@ -11,8 +11,8 @@ from gateway.errors import BadRequest, UnsupportedMediaType
 from gateway.http.context import KEY, RUNTIME
 from gateway.http.inference import read_body
 from gateway.pipeline.call import parse_json_object, typed_field
-from gateway.stores.grammar_files import Grammar, Version
-from gateway.stores.grammars import Grammars
+from gateway.stores.grammars.files import Grammar, Version
+from gateway.stores.grammars.store import Grammars
 
 
 async def list_grammars(request: web.Request) -> web.Response:

@@ -25,7 +25,7 @@ from gateway.metrics import Metrics
 from gateway.pipeline.routes import ROUTES
 from gateway.runtime import Runtime
 from gateway.state import ModelStatus
-from gateway.stores.keyfile import Key
+from gateway.stores.keys.file import Key
 
 SNAPSHOT_SECONDS = 1.0
 WINDOW_SECONDS = 60.0  # of the times to the first token

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from gateway.errors import BadRequest
 from gateway.http.context import RUNTIME
-from gateway.stores.records import MOST_LISTED, Wanted
+from gateway.stores.records.reading import MOST_LISTED, Wanted
 
 DEFAULT_LIMIT = 100
 _AGO = re.compile(r"(\d{1,9})([smhdw])", re.ASCII)

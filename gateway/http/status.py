@@ -18,8 +18,8 @@ from gateway.http.visible import named_model, visible_models
 from gateway.models.overview import MemoryView
 from gateway.runtime import Runtime
 from gateway.state import Board, ModelState, ModelStatus, ServiceState
-from gateway.stores.keyfile import Key
-from gateway.stores.keys import presented
+from gateway.stores.keys.file import Key
+from gateway.stores.keys.ring import presented
 
 _LOADING = (ModelState.DOWNLOADING, ModelState.STARTING, ModelState.LOADING)
 _BROKEN = (ModelState.FAILED, ModelState.CRASHED)

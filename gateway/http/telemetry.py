@@ -15,8 +15,8 @@ from aiohttp import web
 from gateway.errors import BadRequest
 from gateway.http.context import RUNTIME
 from gateway.http.logs import UNITS, moment
-from gateway.stores import telemetry
-from gateway.stores.telemetry import Asked
+from gateway.stores.records import telemetry
+from gateway.stores.records.telemetry import Asked
 
 DEFAULT_SECONDS = 86_400
 MOST_BUCKETS = 1500

@@ -12,8 +12,8 @@ from aiohttp import web
 
 from gateway.errors import BadRequest, InsufficientScope
 from gateway.http.context import KEY, RUNTIME
-from gateway.stores.keyfile import Key
-from gateway.stores.usage import COUNTS, Line
+from gateway.stores.keys.file import Key
+from gateway.stores.records.usage import COUNTS, Line
 
 DEFAULT_DAYS = 30
 _DAY = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)

@@ -15,7 +15,7 @@ from gateway.pipeline.dialects import Dialect
 from gateway.pipeline.loglines import FullLine, Line, log, wishes
 from gateway.pipeline.transcript import Transcript, detail_of
 from gateway.pipeline.usage import NO_USAGE, Usage, usage_of_body, usage_of_stream, with_prefill
-from gateway.stores.audit import Detail
+from gateway.stores.records.audit import Detail
 
 HEAD_BYTES, TAIL_BYTES = 4096, 8192
 MOST_CHUNKS = 32  # that a meter has not looked at

@@ -12,7 +12,7 @@ import msgspec
 
 from gateway.errors import BadRequest, InvalidJSON
 from gateway.pipeline.dialects import Dialect
-from gateway.stores.keyfile import Key
+from gateway.stores.keys.file import Key
 
 if TYPE_CHECKING:
     from gateway.pipeline.cache.key import Wish

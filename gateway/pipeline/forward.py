@@ -33,11 +33,11 @@ from gateway.pipeline.turns import LARGE_BYTES, Turns
 from gateway.pipeline.whole import WholeAnswer
 from gateway.refusals import translate_error
 from gateway.settings import Settings
-from gateway.stores.keyfile import Key
+from gateway.stores.keys.file import Key
 
 if TYPE_CHECKING:
     from gateway.pipeline.cache.seats import ResponseCache
-    from gateway.stores.redis_limits import SharedLimits
+    from gateway.stores.shared.limits import SharedLimits
 
 LONG_ANSWER_TOKENS = 32
 LONG_PROMPT_BYTES = 16 * 1024

@@ -15,7 +15,7 @@ from gateway.errors import CorralError
 from gateway.pipeline.assemblers.base import UNREADABLE
 from gateway.pipeline.dialects import Dialect
 from gateway.pipeline.frames import FrameParser
-from gateway.stores.audit import Detail
+from gateway.stores.records.audit import Detail
 
 DIGEST_BYTES = 64 * 1024  # of a stream's events, before their text is taken out
 MOST_BODY = 1024 * 1024  # of an answer in one piece

@@ -34,13 +34,13 @@ from gateway.runtime.links import connect_parts, forget, make_gauges, ticking, w
 from gateway.runtime.makers import books_of, grammars_of, owner_maker, queue_of, shared_limits, shared_usage
 from gateway.settings import Settings
 from gateway.state import Board, ServiceState, publishing
-from gateway.stores.keys import KeyRing
+from gateway.stores.keys.ring import KeyRing
 
 if TYPE_CHECKING:
-    from gateway.stores.books import Books
-    from gateway.stores.grammars import Grammars
-    from gateway.stores.redis_limits import SharedLimits
-    from gateway.stores.redis_usage import SharedUsage
+    from gateway.stores.grammars.store import Grammars
+    from gateway.stores.records.books import Books
+    from gateway.stores.shared.limits import SharedLimits
+    from gateway.stores.shared.usage import SharedUsage
 
 
 log = logging.getLogger("corral.runtime")

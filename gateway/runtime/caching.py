@@ -16,8 +16,8 @@ from gateway.errors import ConfigError
 if TYPE_CHECKING:
     from gateway.pipeline.cache.meaning import HerdEmbedder, Meaning
     from gateway.runtime import Runtime
-    from gateway.stores.cache import Answers
-    from gateway.stores.db import Place
+    from gateway.stores.cache.answers import Answers
+    from gateway.stores.records.db import Place
 
 
 @contextlib.asynccontextmanager
@@ -57,10 +57,10 @@ async def caching(runtime: Runtime) -> AsyncIterator[None]:
 def _answers(runtime: Runtime) -> Answers:
     settings = runtime.settings
     if settings.redis_url:
-        from gateway.stores.redis_cache import RedisAnswers
+        from gateway.stores.cache.shared import RedisAnswers
 
         return RedisAnswers.at(settings.redis_url, settings.cache_ttl_seconds)
-    from gateway.stores.cache import FileAnswers
+    from gateway.stores.cache.answers import FileAnswers
 
     return FileAnswers(_place(runtime, "cache"), settings.cache_ttl_seconds)
 
@@ -68,7 +68,7 @@ def _answers(runtime: Runtime) -> Answers:
 def _meaning(runtime: Runtime, name: str, stack: contextlib.AsyncExitStack) -> Meaning:
     from gateway.backend import Backend
     from gateway.pipeline.cache.meaning import Embed, HerdEmbedder, Meaning, RemoteEmbedder
-    from gateway.stores.semantic import DEFAULT_SIMILARITY, Meanings
+    from gateway.stores.cache.vectors import DEFAULT_SIMILARITY, Meanings
 
     settings, registry = runtime.settings, runtime.manager.registry
     embed: Embed
@@ -100,7 +100,7 @@ def _loading(embed: HerdEmbedder) -> Iterator[None]:
 
 def _place(runtime: Runtime, what: str) -> Place:
     """Beside the records, under a name of its own."""
-    from gateway.stores.db import Place
+    from gateway.stores.records.db import Place
 
     audit = runtime.settings.audit_db
     local = Path(tempfile.gettempdir()) / f"corral-{os.getuid()}"

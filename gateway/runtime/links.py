@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from gateway.admission.queue import Queue
 from gateway.metrics import Metrics
 from gateway.state import ModelState
-from gateway.stores.keys import ReloadReport
+from gateway.stores.keys.ring import ReloadReport
 
 if TYPE_CHECKING:
     from gateway.runtime import Runtime
-    from gateway.stores.books import Books
+    from gateway.stores.records.books import Books
 
 log = logging.getLogger("corral.runtime")
 

@@ -31,10 +31,10 @@ from gateway.settings import Settings
 from gateway.state import Board
 
 if TYPE_CHECKING:
-    from gateway.stores.books import Books
-    from gateway.stores.grammars import Grammars
-    from gateway.stores.redis_limits import SharedLimits
-    from gateway.stores.redis_usage import SharedUsage
+    from gateway.stores.grammars.store import Grammars
+    from gateway.stores.records.books import Books
+    from gateway.stores.shared.limits import SharedLimits
+    from gateway.stores.shared.usage import SharedUsage
 
 
 log = logging.getLogger("corral.runtime")
@@ -103,9 +103,9 @@ def queue_of(settings: Settings, metrics: Metrics, spec: ModelSpec, budget: Byte
 
 @contextlib.asynccontextmanager
 async def books_of(settings: Settings, logs: LogWriter, events: Events, accounts: Accounts) -> AsyncIterator[Books]:
-    from gateway.stores.audit import Keeping  # SQLite is imported while the first llama-server starts
-    from gateway.stores.books import open_books
-    from gateway.stores.db import Place
+    from gateway.stores.records.audit import Keeping  # SQLite is imported while the first llama-server starts
+    from gateway.stores.records.books import open_books
+    from gateway.stores.records.db import Place
 
     def told(problem: str | None) -> None:
         if problem is None:
@@ -132,7 +132,7 @@ async def shared_limits(settings: Settings, metrics: Metrics) -> AsyncIterator[S
         metrics.registry.unregister(metrics.redis_up)  # a 0 would mean that Redis is away
         yield None
         return
-    from gateway.stores.redis_limits import Told, sharing  # only who has a Redis pays for it
+    from gateway.stores.shared.limits import Told, sharing  # only who has a Redis pays for it
 
     async with sharing(settings.redis_url, Told(metrics.redis_up.set, metrics.limits_alone.inc)) as shared:
         yield shared
@@ -144,7 +144,7 @@ async def shared_usage(settings: Settings, accounts: Accounts) -> AsyncIterator[
     if not settings.redis_url:
         yield None
         return
-    from gateway.stores.redis_usage import sharing_usage
+    from gateway.stores.shared.usage import sharing_usage
 
     async with sharing_usage(settings.redis_url) as shared:
         accounts.listen(shared.add)
@@ -155,7 +155,7 @@ async def shared_usage(settings: Settings, accounts: Accounts) -> AsyncIterator[
 async def grammars_of(settings: Settings, binary: Path | None) -> AsyncIterator[Grammars]:
     from gateway.models.parser import GrammarParser  # imported while the first llama-server starts
     from gateway.pipeline.grammars import GrammarJudge
-    from gateway.stores.grammars import open_grammars
+    from gateway.stores.grammars.store import open_grammars
 
     parser = GrammarParser(binary, child_environment(INHERITED, INHERITED_PREFIXES))
     async with open_grammars(settings.data_dir / "grammars", GrammarJudge(parser)) as grammars:

@@ -16,7 +16,7 @@ from gateway.pipeline.events import collected
 from gateway.pipeline.identity import identity
 from gateway.pipeline.routes import ROUTES
 from gateway.runtime import Runtime, open_runtime
-from gateway.stores.keyfile import Key
+from gateway.stores.keys.file import Key
 from tests.house import free_port, llama_server, soon
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(100)]

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from gateway.stores.semantic import DEFAULT_SIMILARITY
-from gateway.stores.wording import gist
+from gateway.stores.cache.vectors import DEFAULT_SIMILARITY
+from gateway.stores.cache.wording import gist
 from tests.cache_kit import OTHER, how, stats, write_keys
 from tests.house import ADMIN, ROOT, Gateway, Response, eventually, running_gateway
 from tests.minilm import make_minilm

@@ -10,8 +10,8 @@ from aiohttp.typedefs import Handler
 
 from gateway.errors import InsufficientScope, RateLimitExceeded, Unauthorized
 from gateway.http.context import CALLER, KEY, RUNTIME, template
-from gateway.stores.keyfile import SCOPES, Key
-from gateway.stores.keys import presented
+from gateway.stores.keys.file import SCOPES, Key
+from gateway.stores.keys.ring import presented
 
 ANONYMOUS = Key(id="anonymous", scopes=frozenset(SCOPES))
 # "METHOD template" → scope, and template → that of its first row, for methods that it does not know; None: public

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from gateway.admission.queue import ByteBudget
-from gateway.stores.cache import Stored
+from gateway.stores.cache.answers import Stored
 
 MOST_FOLLOWERS = 512  # of one answer
 

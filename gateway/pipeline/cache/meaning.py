@@ -17,8 +17,8 @@ from gateway.models.manager import Manager
 from gateway.pipeline.cache.key import Request
 from gateway.pipeline.call import Call
 from gateway.pipeline.dialects import Dialect
-from gateway.stores.semantic import Meanings, Near
-from gateway.stores.wording import gist
+from gateway.stores.cache.vectors import Meanings, Near
+from gateway.stores.cache.wording import gist
 
 log = logging.getLogger("corral.cache")
 

@@ -11,7 +11,7 @@ from gateway.framing import Framing, frame
 from gateway.pipeline.account import Meter
 from gateway.pipeline.progress import ProgressFilter
 from gateway.pipeline.splice import Answer
-from gateway.stores.cache import MOST_ENTRY, Stored
+from gateway.stores.cache.answers import MOST_ENTRY, Stored
 
 PIECE = 32 * 1024  # bytes at once: a slow client stops it between two
 

@@ -30,7 +30,7 @@ from gateway.pipeline.call import Call
 from gateway.pipeline.media.find import Media
 from gateway.pipeline.splice import Answer
 from gateway.settings import Settings
-from gateway.stores.cache import Answers, Stored
+from gateway.stores.cache.answers import Answers, Stored
 
 if TYPE_CHECKING:
     from gateway.pipeline.cache.meaning import Meaning, Sought

@@ -16,7 +16,7 @@ from gateway.pipeline.call import Call, Fields, parse_json_object
 from gateway.pipeline.identity import identity
 from gateway.pipeline.plain import Plain, fill_call, plain_job, template_of, trace_of
 from gateway.pipeline.routes import max_wait, priority
-from gateway.stores.keyfile import Key
+from gateway.stores.keys.file import Key
 
 MOST_ID_CHARACTERS = 256
 MOST_SUBJECT_CHARACTERS = 512

@@ -27,7 +27,7 @@ from gateway.pipeline.identity import sane_id
 from gateway.pipeline.plain import Text, plain_answer, plain_failure, plain_token, told_in
 from gateway.pipeline.turns import LARGE_BYTES
 from gateway.runtime import Runtime
-from gateway.stores.keyfile import Key
+from gateway.stores.keys.file import Key
 from gateway.workers.jobs import (
     MOST_FAILURES,
     Attempts,

@@ -20,7 +20,7 @@ from gateway.environment import instance_name
 from gateway.models.subjects import collisions, subject_name
 from gateway.runtime import Runtime
 from gateway.state import ModelState, ServiceState
-from gateway.stores.keyfile import Key
+from gateway.stores.keys.file import Key
 from gateway.workers.nats.cancel import Cancels
 from gateway.workers.nats.health import Health, Served
 from gateway.workers.nats.job import Delivery, InHand

@@ -19,7 +19,7 @@ from gateway.pipeline.routes import ROUTES
 from gateway.pipeline.usage import NO_USAGE, Usage
 from gateway.runtime import Runtime
 from gateway.state import ModelState
-from gateway.stores.keyfile import Key
+from gateway.stores.keys.file import Key
 from gateway.workers.refusals import Refused, note
 from gateway.workers.runpod.jobs import Asked, failure, read_job, route_of, shape_of
 

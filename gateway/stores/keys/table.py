@@ -9,8 +9,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
-from gateway.stores import hashes
-from gateway.stores.keyfile import Key, KeyFile, Line
+from gateway.stores.keys import hashes
+from gateway.stores.keys.file import Key, KeyFile, Line
 
 ENV_ID = "env"
 MAX_SECRET = 512  # characters; nothing longer is anyone's key

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from gateway.errors import Unavailable
-from gateway.stores.dbfile import Claim, claim, make_private, set_aside
-from gateway.stores.dbrows import Bell, Rows, Store
+from gateway.stores.records.file import Claim, claim, make_private, set_aside
+from gateway.stores.records.rows import Bell, Rows, Store
 
 log = logging.getLogger("corral.records")
 

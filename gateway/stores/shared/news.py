@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from os import urandom
 from typing import TYPE_CHECKING
 
-from gateway.stores.admitted import DAY_SECONDS, Admission, Admitted, Charge, Own
-from gateway.stores.redis_scripts import BEAT, GATEWAYS, RENEW, SETTLE, keys_of
+from gateway.stores.shared.admitted import DAY_SECONDS, Admission, Admitted, Charge, Own
+from gateway.stores.shared.scripts import BEAT, GATEWAYS, RENEW, SETTLE, keys_of
 
 if TYPE_CHECKING:
-    from gateway.stores.redis_calls import Answer, Calls
+    from gateway.stores.shared.calls import Answer, Calls
 
 ENDS_KEPT = 120.0  # seconds; by then a window and a lease have ended by themselves
 TOLD_AT_ONCE = 1000  # admissions in one call

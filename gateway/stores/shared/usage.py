@@ -18,9 +18,9 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from gateway.stores.audit import Request
-from gateway.stores.redis_calls import connect
-from gateway.stores.usage import COUNTS, DAY, KEEP_DAYS, Line, iso_day
+from gateway.stores.records.audit import Request
+from gateway.stores.records.usage import COUNTS, DAY, KEEP_DAYS, Line, iso_day
+from gateway.stores.shared.calls import connect
 
 log = logging.getLogger("corral.redis")
 

@@ -19,9 +19,9 @@ from typing import TypeVar
 import msgspec
 
 from gateway.errors import BadRequest, CorralError, GrammarNotFound
-from gateway.stores import grammar_files as files
-from gateway.stores.grammar_files import About, Grammar, Passed, Reading, Signature, Version
-from gateway.stores.verdicts import Judge, Verdicts
+from gateway.stores.grammars import files
+from gateway.stores.grammars.files import About, Grammar, Passed, Reading, Signature, Version
+from gateway.stores.grammars.verdicts import Judge, Verdicts
 
 POLL_SECONDS = 1.0
 SAVE_USES_SECONDS = 30.0

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from gateway.stores.audit import Request
-from gateway.stores.db import Database
-from gateway.stores.dbrows import BATCH_ROWS, Bell, Rows
+from gateway.stores.records.audit import Request
+from gateway.stores.records.db import Database
+from gateway.stores.records.rows import BATCH_ROWS, Bell, Rows
 
 DAY = 86_400
 KEEP_DAYS = 3  # a tally in memory, and a budget in the file

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gateway.errors import ExpiredKey, InvalidKey, MissingKey, RateLimitExceeded
-from gateway.stores import hashes, keyio
-from gateway.stores.failures import Failures
-from gateway.stores.keyfile import SCOPES, Key, Priority, format_time
-from gateway.stores.keytable import Table, keyed
+from gateway.stores.keys import hashes
+from gateway.stores.keys import io as keyio
+from gateway.stores.keys.failures import Failures
+from gateway.stores.keys.file import SCOPES, Key, Priority, format_time
+from gateway.stores.keys.table import Table, keyed
 
 __all__ = ["SCOPES", "Key", "KeyRing", "Priority", "ReloadReport", "RingView", "presented"]
 

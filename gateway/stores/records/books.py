@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
-from gateway.stores import audit, records, usage
-from gateway.stores.audit import Audit, Detail, Happening, Keeping, Request
-from gateway.stores.db import Database, Place
-from gateway.stores.dbrows import Bell
-from gateway.stores.records import Page, Wanted
-from gateway.stores.usage import Budgets, Line, Usage
+from gateway.stores.records import audit, usage
+from gateway.stores.records import reading as records
+from gateway.stores.records.audit import Audit, Detail, Happening, Keeping, Request
+from gateway.stores.records.db import Database, Place
+from gateway.stores.records.reading import Page, Wanted
+from gateway.stores.records.rows import Bell
+from gateway.stores.records.usage import Budgets, Line, Usage
 
 MIGRATIONS = (audit.SCHEMA + usage.SCHEMA,)  # each is applied once; what has been released is never changed
 OPEN_SECONDS = 2.0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gateway.errors import ConfigError
-from gateway.stores.admitted import (
+from gateway.stores.shared.admitted import (
     WINDOW_SECONDS,
     Admission,
     Claim,
@@ -20,12 +20,12 @@ from gateway.stores.admitted import (
     Standing,
     alone,
 )
-from gateway.stores.breaker import unproven
-from gateway.stores.redis_news import End, News, all_told
-from gateway.stores.redis_scripts import REFUND, RESERVE, SETTLE, keys_of
+from gateway.stores.shared.breaker import unproven
+from gateway.stores.shared.news import End, News, all_told
+from gateway.stores.shared.scripts import REFUND, RESERVE, SETTLE, keys_of
 
 if TYPE_CHECKING:
-    from gateway.stores.redis_calls import Calls, Outcome
+    from gateway.stores.shared.calls import Calls, Outcome
 
 log = logging.getLogger("corral.redis")
 
@@ -258,7 +258,7 @@ class SharedLimits:
 async def sharing(url: str, told: Told | None = None, timing: Timing | None = None) -> AsyncIterator[SharedLimits]:
     """Limits over the Redis at `url`. Raises ConfigError; that Redis is away is none, and delays nothing."""
     try:
-        from gateway.stores.redis_calls import Calls, connect  # 120 ms: only where it is used
+        from gateway.stores.shared.calls import Calls, connect  # 120 ms: only where it is used
     except ImportError:
         problem = "REDIS_URL: needs the redis package; install it with: pip install 'corral[redis]'"
         raise ConfigError([problem]) from None

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from gateway.stores.keyfile import KeyFile
+from gateway.stores.keys.file import KeyFile
 
 MAX_BYTES = 16 * 1024 * 1024
 

@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from gateway.errors import ConfigError
-from gateway.stores.cachefile import CacheFile, Strange, version_of
-from gateway.stores.db import Place
+from gateway.stores.cache.file import CacheFile, Strange, version_of
+from gateway.stores.records.db import Place
 
 DEFAULT_SIMILARITY = 0.8  # of the measurements in docs/CACHE.md
 MOST_VECTORS = 20_000

@@ -17,9 +17,9 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from gateway.stores.breaker import Breaker
-from gateway.stores.cache import MOST_WAITING, Stored
-from gateway.stores.redis_calls import connect
+from gateway.stores.cache.answers import MOST_WAITING, Stored
+from gateway.stores.shared.breaker import Breaker
+from gateway.stores.shared.calls import connect
 
 log = logging.getLogger("corral.redis")
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from gateway.stores.dbrows import BATCH_ROWS, Bell, Row, Rows
+from gateway.stores.records.rows import BATCH_ROWS, Bell, Row, Rows
 
 MOST_WAITING = 20_000  # rows; about 15 MB
 MOST_CONTENT = 32 * 1024 * 1024  # bytes of prompts and answers that wait

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Protocol
 
 from gateway.errors import BadRequest, CorralError
-from gateway.stores.grammar_files import Passed, Version
+from gateway.stores.grammars.files import Passed, Version
 
 RETRY_SECONDS = 60.0  # for a test that could not be made
 

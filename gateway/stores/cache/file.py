@@ -10,8 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TypeVar
 
-from gateway.stores.db import Place
-from gateway.stores.dbfile import SIDES, Claim, claim, make_private
+from gateway.stores.records.db import Place
+from gateway.stores.records.file import SIDES, Claim, claim, make_private
 
 log = logging.getLogger("corral.cache")
 

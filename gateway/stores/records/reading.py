@@ -6,8 +6,8 @@ import sqlite3
 from dataclasses import dataclass
 from typing import Any
 
-from gateway.stores.audit import COLUMNS
-from gateway.stores.db import Database
+from gateway.stores.records.audit import COLUMNS
+from gateway.stores.records.db import Database
 
 MOST_LISTED = 1000
 

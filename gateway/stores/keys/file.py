@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
-from gateway.stores import hashes
+from gateway.stores.keys import hashes
 
 Priority = Literal["high", "normal", "low"]
 

@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from gateway.stores.cachefile import CacheFile, Strange, version_of
-from gateway.stores.db import Place
+from gateway.stores.cache.file import CacheFile, Strange, version_of
+from gateway.stores.records.db import Place
 
 MOST_ENTRY = 1 << 20  # bytes of one answer
 MOST_BYTES = 256 << 20  # of all

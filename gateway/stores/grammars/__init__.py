@@ -1,0 +1,1 @@
+"""Grammars that requests may name: files with versions, each tested before it is used."""
