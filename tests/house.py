@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -41,14 +43,17 @@ def alive(pid: int) -> bool:
         return False
 
 
-# Below the ports that the kernel hands out by itself, and at another place in each process: between our look at a port
-# and the server's bind, a parallel test would otherwise take it.
-_ports = itertools.count(10_000 + os.getpid() * 37 % 20_000)
+# Below the ports that the kernel hands out by itself. Each process locks those it has taken, by a byte of a file, until
+# it ends: between our look at a port and the server's bind, a parallel test would otherwise take it.
+_FIRST, _LAST = 10_000, 32_000
+_ports = itertools.cycle([*range(_FIRST + os.getpid() * 37 % 20_000, _LAST), *range(_FIRST, _LAST)])
+_taken = os.open(Path(tempfile.gettempdir()) / f"corral-test-ports-{os.getuid()}", os.O_RDWR | os.O_CREAT, 0o600)
 
 
 def free_port() -> int:
-    for port in _ports:
+    for port in itertools.islice(_ports, 2 * _LAST):
         with socket.socket() as probe, contextlib.suppress(OSError):
+            fcntl.lockf(_taken, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
             probe.bind(("127.0.0.1", port))
             return port
     raise AssertionError("no port is free")

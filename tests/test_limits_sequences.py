@@ -74,7 +74,7 @@ class Oracle:
             reservation = self.limits.reserve(Claim(who, RPM, TPM, CONCURRENCY, BUDGET, tokens))
         except (RateLimitExceeded, TokensExceeded) as error:
             assert expected in (RateLimitExceeded, TokensExceeded)
-            if error.retry_after is not None:
+            if error.retry_after is not None and "x-should-retry" not in error.headers():
                 self.check_wait(who, tokens, self.now + error.retry_after)
         except (InsufficientQuota, ConcurrencyExceeded) as error:
             assert type(error) is expected

@@ -16,14 +16,17 @@ pytestmark = [pytest.mark.image, pytest.mark.timeout(300), pytest.mark.xdist_gro
 
 # Of all that is compiled, what would not load; of all that could be compiled, what is not.
 INSPECT = """
-import importlib, importlib.util, json, pathlib, sys
+import ctypes, importlib, importlib.util, json, pathlib, sys
 broken, uncompiled, loaded = [], [], 0
 site = pathlib.Path(sys.path[-1])
 for file in site.glob("**/*.so"):
     name = ".".join(file.relative_to(site).parts).partition(".cpython-")[0].removesuffix(".abi3.so")
     try:
-        importlib.import_module(name)
-    except ImportError as error:
+        if ".cpython-" in file.name or ".abi3." in file.name:
+            importlib.import_module(name)
+        else:
+            ctypes.CDLL(str(file))  # an extension of SQLite's
+    except (ImportError, OSError) as error:
         broken.append(f"{name}: {error}")
     loaded += 1
 for place in (pathlib.Path("/opt/corral"), pathlib.Path(importlib.__file__).parents[1]):
