@@ -46,7 +46,7 @@ def alive(pid: int) -> bool:
 # Below the ports that the kernel hands out by itself. Each process locks those it has taken, by a byte of a file, until
 # it ends: between our look at a port and the server's bind, a parallel test would otherwise take it.
 _FIRST, _LAST = 10_000, 32_000
-_ports = itertools.cycle([*range(_FIRST + os.getpid() * 37 % 20_000, _LAST), *range(_FIRST, _LAST)])
+_ports: Iterator[int] = itertools.cycle([*range(_FIRST + os.getpid() * 37 % 20_000, _LAST), *range(_FIRST, _LAST)])
 _taken = os.open(Path(tempfile.gettempdir()) / f"corral-test-ports-{os.getuid()}", os.O_RDWR | os.O_CREAT, 0o600)
 
 
