@@ -15,7 +15,7 @@ import pytest
 
 from gateway.http.openapi.document import document
 from scripts.make_model import make_model
-from tests.house import ADMIN, ROOT, Gateway, running_gateway
+from tests.house import ADMIN, ROOT, Gateway, eventually, running_gateway
 from tests.real.herd import SMALL
 from tests.real.scrape import Scrape
 
@@ -165,6 +165,7 @@ def test_events_of_endless_streams(asked: Gateway, path: str) -> None:
         name = "message"
         if path == "/v1/models/status/stream":
             asked.request("POST", "/v1/models/load", {"model": "tiny"}, key=ADMIN)
+            eventually(lambda: asked.get("/v1/models/status/tiny", key=ADMIN).json()["status"] == "ready")
             asked.request("POST", "/v1/models/eject", {"model": "tiny"}, key=ADMIN)
         while seen < 3:
             line = reply.readline().decode()
