@@ -20,8 +20,6 @@ _PAGE = """# Benchmarks
 What a hop through Corral costs, beside other proxies, measured in one run by `{command}`.
 Corral has everything on: keys, CORS, limits, metrics per key, records with hashes of prompts and
 answers, logs, media shield, quarantine, health port.
-Those hashes (`AUDIT_CONTENT=hash`, off by default) take tokens off their short way: without them, 64 streams of 500
-tokens cost 24 to 26 µs a token where nginx takes 16 to 18.
 nginx is the floor: one worker, no buffering, kept connections, no access log.
 
 ![Processor time, times nginx](benchmarks.svg)

@@ -98,8 +98,8 @@ class KeepingMeter(Meter):
         super().__init__(clock)
         self.transcript: Transcript | None = None
 
-    def see(self, payload: bytes) -> None:
-        super().see(payload)
+    def _count(self, payload: bytes) -> None:
+        super()._count(payload)
         if self.transcript is not None:
             self.transcript.see(payload)
 

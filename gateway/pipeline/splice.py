@@ -142,7 +142,7 @@ class Splice:
     def _go_straight(self) -> None:
         """The head is out: what follows goes through as it is, but for what `_through` does not know."""
         fit = self.begun and self.stream and self._wire is _Wire.AS_IT_COMES and self._progress is None
-        fit = fit and self.failure is None and not self.finished and type(self.meter) is Meter
+        fit = fit and self.failure is None and not self.finished
         if fit is not self._straight and self._reply is not None:
             self._straight = fit
             self._reply.go_straight(self, self._through if fit else None)
