@@ -115,9 +115,13 @@ class Office:
         return (await self.client.jetstream().stream_info("INFERENCE")).state.messages
 
     async def unfinished(self, model: str) -> int:
-        """Jobs that are not acknowledged. A nats-server that was killed may keep finished ones in its stream."""
+        """Jobs that somebody still has to finish.
+
+        A nats-server that was killed may keep finished ones in its stream, or take ones for unacknowledged that are gone
+        from there; what is to be done stands in both places.
+        """
         about = await self.client.jetstream().consumer_info("INFERENCE", model)
-        return (about.num_pending or 0) + (about.num_ack_pending or 0)
+        return min(await self.pending(), (about.num_pending or 0) + (about.num_ack_pending or 0))
 
     async def deliveries(self, model: str) -> int:
         """How many there were of a model's jobs, repeated ones included."""

@@ -131,7 +131,7 @@ class Living(Ending):
             self._not_ready()
             if run.process.running and (self._closing or self._going):
                 self._set(ModelState.STOPPING)
-            await run.end()
+            await run.end(at_once=self._forced)
             self._run = None
 
     async def _until_over(self, run: Run) -> str | None:

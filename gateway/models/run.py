@@ -11,10 +11,11 @@ from gateway.errors import BackendError, BackendTimeout
 from gateway.models.command import refused_flag
 from gateway.models.footprint import BufferLog, glance_argv, load_progress, out_of_memory
 from gateway.models.plan import Planned
-from gateway.models.process import Process
+from gateway.models.process import KILL_AFTER_SECONDS, Process
 from gateway.models.watchdog import until_wedged
 
 GLANCE_SECONDS = 5.0
+FORCED_KILL_AFTER_SECONDS = 2.0
 LOAD_SECONDS = 1800.0  # a server that is not ready by then will not be
 _FIRST_POLL_SECONDS, _SLOWEST_POLL_SECONDS = 0.01, 0.25
 
@@ -152,9 +153,10 @@ class Run:
         said(self._wedged)
         self.process.kill()
 
-    async def end(self) -> None:
+    async def end(self, *, at_once: bool = False) -> None:
+        """`at_once` is for one whose answers are cut: some builds ignore SIGTERM after that, and somebody waits."""
         self.backend.close()  # before the signal: an open stream makes llama-server hang on SIGTERM
-        await self.process.stop()
+        await self.process.stop(FORCED_KILL_AFTER_SECONDS if at_once else KILL_AFTER_SECONDS)
 
     async def _healthy(self) -> bool:
         try:
