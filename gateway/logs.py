@@ -30,6 +30,26 @@ LIVE_SECONDS = 3600.0  # another instance's file that was written so recently is
 _SECRET = re.compile(r"sk-[A-Za-z0-9_-]+-[A-Za-z0-9_-]{43}|(?<=Bearer )[^\s\"']+")
 
 
+_ABOUT = ("request_id", "key_id", "model")
+
+
+class LateRecord(logging.LogRecord):
+    """Put into words by the thread that writes it; a usual record costs whoever logs ten times as much.
+
+    A subclass has `name`, and sets `created`; other handlers than ours find the rest once they ask for the message.
+    """
+
+    levelno, levelname, exc_info = logging.INFO, "INFO", None
+
+    def words(self) -> str:
+        raise NotImplementedError
+
+    def getMessage(self) -> str:
+        usual = logging.LogRecord(self.name, self.levelno, __file__, 0, "", (), None, "close").__dict__
+        self.__dict__ |= {name: value for name, value in usual.items() if name not in self.__dict__}
+        return self.words()
+
+
 class LogFile:
     """One rotated file of one kind. A disk that refuses is counted and tried again a minute later."""
 
@@ -178,17 +198,17 @@ class LogWriter(threading.Thread):
         return _SECRET.sub("***", text) if "sk-" in text or "Bearer " in text else text
 
     def format(self, record: logging.LogRecord) -> str:
-        message = record.getMessage()
+        message = record.words() if isinstance(record, LateRecord) else record.getMessage()
         trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
-        about = {name: value for name in ("request_id", "key_id", "model") if (value := getattr(record, name, None))}
+        about = {name: value for name in _ABOUT if (value := getattr(record, name, None))}
         if self._as_json:
             row: dict[str, Any] = {"time": _stamp(record.created), "level": record.levelname.lower()}
             row |= {"request_id": None, "key_id": None, "model": None} | about
             message += f"\n{trace}" if trace else ""
             return json.dumps(row | {"logger": record.name, "message": message}, ensure_ascii=False)
-        tail = "".join(f" {name}={value}" for name, value in about.items())
+        tail = "".join([f" {name}={value}" for name, value in about.items()])
         line = _one_line(f"{_stamp(record.created)} {record.levelname:<7} {message}{tail}")
-        return "\n    ".join([line, *map(_one_line, trace.splitlines())])
+        return "\n    ".join([line, *map(_one_line, trace.splitlines())]) if trace else line
 
 
 class _Handler(logging.Handler):

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from gateway.pipeline import transcript
 from gateway.pipeline.dialects import Dialect
-from gateway.pipeline.transcript import Transcript, detail_of, prompt_text
+from gateway.pipeline.frames import FrameParser
+from gateway.pipeline.transcript import Transcript, detail_of, lone_lines, prompt_text
 from tests import streams
 
 
@@ -119,6 +120,34 @@ def test_what_has_come_of_a_stream_that_broke_off(dialect: Dialect) -> None:
 )
 def test_whole_answers(dialect: Dialect, body: Any, text: str) -> None:
     assert answer(dialect, msgspec.json.encode(body)) == text
+
+
+PIECES = st.sampled_from(
+    [
+        b'data: {"choices":[{"delta":{"content":"a"},"index":1}]}\n\n',
+        b'data: {"choices":[{"delta":{"role":"assistant","content":null}}]}\n\n',
+        b'data: {"choices":[{"delta":{"reasoning_content":"b"}}]}\n\n',
+        b'data: {"choices":[{"delta":{"tool_calls":[{"function":{"name":"f"}}]}}]}\n\n',
+        b'data: {"choices":[{"delta":{"content":5}}]}\n\n',
+        b'data: {"choices":[]}\n\n',
+        b"data: [DONE]\n\n",
+        b"data: 1\ndata: 2\n\n",
+        b": ping\n\n",
+        b"event: x\ndata: {}\n\n",
+        b"data: {}\r\n\r\n",
+        b"data: \n\ndata: {",
+    ]
+)
+
+
+@given(st.lists(PIECES, min_size=1).map(b"".join))
+def test_the_short_way_reads_what_the_long_one_reads(stream: bytes) -> None:
+    short = lone_lines(stream)
+    assert short is None or short == [frame.data for frame in FrameParser().feed(stream)]
+    one_by_one = Transcript(Dialect.CHAT, {})
+    one_by_one.see(b": ")  # so that it is no stream of lone lines
+    one_by_one.see(b"\n\n" + stream)
+    assert (answer(Dialect.CHAT, stream) or "") == (one_by_one.text() or "")
 
 
 def test_a_streamed_tool_call() -> None:

@@ -7,6 +7,7 @@ is taken out now and then, for its events take thirty times as much room.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -26,7 +27,28 @@ CONTENT = (
     "content tokens"
 ).split()
 _TEXT = "text"
+_LINE_START = b"data: "
 _STREAM_STARTS = (b"data:", b"event:", b":")
+
+
+class _Delta(msgspec.Struct, gc=False):
+    """Of an event that brings text, and no tool calls: with those, it is none."""
+
+    content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: None = None
+
+
+class _Choice(msgspec.Struct, gc=False):
+    delta: _Delta
+    index: int = 0
+
+
+class _ChatEvent(msgspec.Struct, gc=False):
+    choices: list[_Choice]
+
+
+_PLAIN_CHAT = msgspec.json.Decoder(list[_ChatEvent])
 
 
 class Transcript:
@@ -85,13 +107,22 @@ class Transcript:
         return body.decode(errors="replace")
 
     def _digest(self) -> None:
+        raw, self._raw, self._held = b"".join(self._raw), [], 0
         try:
-            for frame in self._frames.feed(b"".join(self._raw)):
-                if frame.data.startswith(b"{"):
-                    self._answer.take(self._dialect, msgspec.json.decode(frame.data))
+            events = None if self._frames.pending else lone_lines(raw)
+            if events is None:
+                events = [frame.data for frame in self._frames.feed(raw)]
+            self._answer.take_all(self._dialect, [event for event in events if event.startswith(b"{")])
         except (CorralError, *UNREADABLE):
             self._cut = True  # what cannot be read any further ends here
-        self._raw, self._held = [], 0
+
+
+def lone_lines(raw: bytes) -> list[bytes] | None:
+    """The data of whole events of one line each, as llama-server writes them; None where there is anything else."""
+    if not (raw.startswith(_LINE_START) and raw.endswith(b"\n\n")) or b"\r" in raw:
+        return None
+    lines = raw[len(_LINE_START) : -2].split(b"\n\n" + _LINE_START)
+    return lines if raw.count(b"\n") == 2 * len(lines) else None
 
 
 class Prompt:
@@ -131,6 +162,22 @@ class Pieces:
     def __init__(self) -> None:
         self._parts: dict[tuple[int, str], list[str]] = {}
         self.size = 0
+
+    def take_all(self, dialect: Dialect, events: list[bytes]) -> None:
+        """Events of a stream. Raises one of UNREADABLE, having taken none or those before the bad one."""
+        if dialect is Dialect.CHAT:
+            try:
+                plain = _PLAIN_CHAT.decode(b"[%b]" % b",".join(events))
+            except UNREADABLE:
+                pass  # there is more to them, or a bad one
+            else:
+                for choice in chain.from_iterable([event.choices for event in plain]):
+                    self.add(choice.index, _TEXT, choice.delta.content)
+                    if choice.delta.reasoning_content:
+                        self.add(choice.index, "reasoning", choice.delta.reasoning_content)
+                return
+        for event in events:
+            self.take(dialect, msgspec.json.decode(event))
 
     def take(self, dialect: Dialect, told: Any) -> None:
         """One event of a stream, or a whole answer. What has another form than usual is passed over."""

@@ -13,6 +13,7 @@ import sqlite3
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from gateway.stores.records.rows import BATCH_ROWS, Bell, Row, Rows
@@ -37,10 +38,14 @@ CREATE TABLE events (
 );
 CREATE INDEX events_ts ON events (ts);
 """
-COLUMNS = (
-    "ts request_id trace_id key_id model route transport status error queue_ms load_ms ttft_ms duration_ms tokens_in "
-    "tokens_out tokens_cached stream cache prompt response"
-).split()
+_RECORDED = {
+    name: name
+    for name in (
+        "ts request_id trace_id key_id model route transport status error queue_ms load_ms ttft_ms duration_ms"
+    ).split()
+} | {"tokens_in": "usage.prompt", "tokens_out": "usage.completion", "tokens_cached": "usage.cached", "stream": "stream"}
+_FIELDS = attrgetter(*_RECORDED.values())
+COLUMNS = (*_RECORDED, "cache", "prompt", "response")
 
 _REQUESTS = f"INSERT INTO requests ({', '.join(COLUMNS)})"
 _EVENTS = "INSERT INTO events (ts, level, code, message, data)"
@@ -133,7 +138,7 @@ class Detail:
         return (self.prompt.size if self.prompt else 0) + (self.response.size if self.response else 0)
 
 
-_NO_DETAIL = Detail()
+_NO_DETAIL = (None, None, None)
 
 
 class Backlog(Generic[T]):
@@ -242,32 +247,14 @@ class Audit:
         return gone >= TIDY_ROWS
 
     def _request_row(self, entry: tuple[Request, Detail] | Request) -> Row:
-        record, detail = entry if isinstance(entry, tuple) else (entry, _NO_DETAIL)
+        if not isinstance(entry, tuple):
+            self._counted(entry)
+            return _FIELDS(entry) + _NO_DETAIL
+        record, detail = entry
         self._content_out += detail.size
         self._counted(record)
-        usage = record.usage
-        return (
-            record.ts,
-            record.request_id,
-            record.trace_id,
-            record.key_id,
-            record.model,
-            record.route,
-            record.transport,
-            record.status,
-            record.error,
-            record.queue_ms,
-            record.load_ms,
-            record.ttft_ms,
-            record.duration_ms,
-            usage.prompt,
-            usage.completion,
-            usage.cached,
-            record.stream,
-            detail.cache,
-            kept(detail.prompt, self._keeping),
-            kept(detail.response, self._keeping),
-        )
+        texts = kept(detail.prompt, self._keeping), kept(detail.response, self._keeping)
+        return (*_FIELDS(record), detail.cache, *texts)
 
     def _event_row(self, event: Happening) -> Row:
         data = self._keeping.mask(json.dumps(event.data, default=str, skipkeys=True)) if event.data else None

@@ -22,7 +22,7 @@ from typing import TypeVar
 
 from gateway.errors import Unavailable
 from gateway.stores.records.file import Claim, claim, make_private, set_aside
-from gateway.stores.records.rows import Bell, Rows, Store
+from gateway.stores.records.rows import BATCH_ROWS, Bell, Rows, Store
 
 log = logging.getLogger("corral.records")
 
@@ -154,12 +154,19 @@ class Database:
             self._claim.release()
 
     def _write(self) -> None:
-        """All that is pending, batch by batch; ends where the disk refuses."""
+        """What was pending when it began, batch by batch; ends where the disk refuses.
+
+        What comes meanwhile waits for the next time: under load, commits would follow each other with a few rows each.
+        """
         if not self._guarded(self._connect):
             return
         if self._suspected:
             self._guarded(self._check)
-        while any(rows.rows for store in self._stores for rows in store.pending()):
+        most = BATCH_ROWS
+        while most >= (1 if self._closing else BATCH_ROWS):
+            most = max(len(rows.rows) for store in self._stores for rows in store.pending())
+            if not most:
+                break
             if not self._guarded(self._commit):
                 return
             self._tell(None)  # not when it could be opened: on a full disk that works too
