@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import importlib
 import logging
 import resource
@@ -88,6 +89,7 @@ async def _serve(settings: Settings, writer: LogWriter) -> None:
                 runtime, f"listening on {settings.host}:{settings.port}", f"http://{host}:{settings.port}/v1 serves"
             )
             runtime.accept()
+            gc.freeze()  # what the start has made stays: looking it through took the loop 40 to 80 ms now and then
             await stop.wait()
             await runtime.drain(hurry)
         if hurry.is_set():
