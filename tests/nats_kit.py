@@ -117,8 +117,8 @@ class Office:
     async def unfinished(self, model: str) -> int:
         """Jobs that somebody still has to finish.
 
-        A nats-server that was killed may keep finished ones in its stream, or take ones for unacknowledged that are gone
-        from there; what is to be done stands in both places.
+        A nats-server that was killed may keep finished ones in its stream, or take ones that are gone from there for
+        unacknowledged; what is to be done stands in both places.
         """
         about = await self.client.jetstream().consumer_info("INFERENCE", model)
         return min(await self.pending(), (about.num_pending or 0) + (about.num_ack_pending or 0))

@@ -192,6 +192,14 @@ async def test_a_leased_model_is_not_unloaded(tmp_path: Path, monkeypatch: pytes
         await soon(lambda: made.owner.state is S.OFF)
 
 
+async def test_by_force_one_that_ignores_sigterm_is_killed_soon(tmp_path: Path) -> None:
+    async with stable(tmp_path, "ignore_sigterm") as made:
+        await ready(made)
+        async with asyncio.timeout(6):  # without force it takes 10 s
+            await made.owner.eject(force=True)
+        assert made.processes[0].status == -signal.SIGKILL
+
+
 async def test_one_who_comes_while_an_idle_model_stops_gets_the_next_server(tmp_path: Path, short_grace: None) -> None:
     async with stable(tmp_path, "ignore_sigterm", IDLE_TIMEOUT_SECONDS="0.05") as made:
         await ready(made)

@@ -9,7 +9,8 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+
+import msgspec
 
 from gateway.admission.budgets import DAY_SECONDS, BudgetStore, Day, MemoryBudgets
 from gateway.admission.windows import WINDOW_SECONDS, Mark, Window
@@ -26,8 +27,7 @@ Headers = tuple[tuple[str, str], ...]
 SWEPT_AT_ONCE = 4  # idle callers looked at per request: more than come in, so that they cannot pile up
 
 
-@dataclass(slots=True, eq=False)
-class Claim:
+class Claim(msgspec.Struct, eq=False, gc=False):
     """What a request wants to use and may. Of the limits, 0 means none."""
 
     caller: str  # the key's id, or an address where there are no keys

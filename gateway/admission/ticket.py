@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from gateway.errors import QueueFull
 
 
-@dataclass(slots=True, eq=False)
-class Ticket:
+class Ticket(msgspec.Struct, eq=False, gc=False):
     """What the queue wants to know of a request. `deadline` is on the loop's clock, in seconds."""
 
     key_id: str

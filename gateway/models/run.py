@@ -11,7 +11,7 @@ from gateway.errors import BackendError, BackendTimeout
 from gateway.models.command import refused_flag
 from gateway.models.footprint import BufferLog, glance_argv, load_progress, out_of_memory
 from gateway.models.plan import Planned
-from gateway.models.process import KILL_AFTER_SECONDS, Process
+from gateway.models.process import Process
 from gateway.models.watchdog import until_wedged
 
 GLANCE_SECONDS = 5.0
@@ -156,7 +156,7 @@ class Run:
     async def end(self, *, at_once: bool = False) -> None:
         """`at_once` is for one whose answers are cut: some builds ignore SIGTERM after that, and somebody waits."""
         self.backend.close()  # before the signal: an open stream makes llama-server hang on SIGTERM
-        await self.process.stop(FORCED_KILL_AFTER_SECONDS if at_once else KILL_AFTER_SECONDS)
+        await (self.process.stop(FORCED_KILL_AFTER_SECONDS) if at_once else self.process.stop())
 
     async def _healthy(self) -> bool:
         try:

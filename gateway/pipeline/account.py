@@ -6,7 +6,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+
+import msgspec
 
 from gateway.errors import CorralError, TooManyRequests
 from gateway.metrics import Metrics
@@ -104,8 +105,7 @@ class KeepingMeter(Meter):
             self.transcript.see(payload)
 
 
-@dataclass(slots=True)
-class Record:
+class Record(msgspec.Struct, gc=False):
     """One line of the books. Times are milliseconds; `ts` is unix seconds.
 
     `model_ms` is how long llama-server had it. `asked_at` and `placed_at` are on the loop's clock: since when it waited

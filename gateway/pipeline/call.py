@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -40,8 +40,7 @@ class Route:
     dialect: Dialect
 
 
-@dataclass(slots=True)
-class Call:
+class Call(msgspec.Struct):
     """One job, from whichever door. Times are on the loop's clock, in seconds."""
 
     route: Route
@@ -66,7 +65,7 @@ class Call:
     log_infer: bool = False
     cache: Wish | None = None  # what its client says about caching, if it does
     reached: bool = False  # llama-server has answered it, if only with a refusal
-    headers_out: list[tuple[str, str]] = field(default_factory=list)  # what the spine tells the client in headers
+    headers_out: list[tuple[str, str]] = []  # what the spine tells the client in headers
 
 
 def read_fields(call: Call, body: bytes, fields: Fields | None = None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -243,8 +242,7 @@ class Spine:
             answer.whole(200, "application/json; charset=utf-8", assembly.result())
 
 
-@dataclass(frozen=True, slots=True)
-class _Upstream:
+class _Upstream(msgspec.Struct, frozen=True):
     """What goes to llama-server."""
 
     body: bytes

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from gateway.pipeline.dialects import Dialect
 
@@ -37,8 +38,7 @@ _SLACK = 16  # more frames than tokens, and answers must have come and gone unse
 _MOST = 1 << 53  # beyond that it is no count
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(msgspec.Struct, frozen=True, gc=False):
     """Tokens of the prompt (those found in the cache included), tokens generated, prompt tokens found in the cache.
 
     A number that the answer does not tell is 0.

@@ -12,8 +12,10 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from gateway.admission.limits import Claim
 from gateway.admission.queue import ByteBudget, Queue
@@ -175,7 +177,7 @@ class Seat:
 
     def claim(self, claim: Claim) -> Claim:
         """What is found counts as a request; it takes no tokens."""
-        return claim if self.found is None else replace(claim, tpm=0, budget=0, tokens=0)
+        return claim if self.found is None else msgspec.structs.replace(claim, tpm=0, budget=0, tokens=0)
 
     async def answered(self, answer: Answer, record: Record, go: Go) -> bool:
         """Bring an answer to `answer`, by `go` where there is none; whether it came from llama-server as a stream.

@@ -11,7 +11,7 @@ import binascii
 import re
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -80,13 +80,12 @@ class Reference:
         self.holder[self.key] = msgspec.Raw(before + binascii.b2a_base64(data, newline=False) + b'"')
 
 
-@dataclass(slots=True)
-class Media:
+class Media(msgspec.Struct):
     """The fields of a request whose media has been checked, and what of it has still to be fetched."""
 
     fields: Fields
-    remote: list[Reference] = field(default_factory=list)
-    roots: dict[str, Any] = field(default_factory=dict)  # the decoded fields, which the references point into
+    remote: list[Reference] = []
+    roots: dict[str, Any] = {}  # the decoded fields, which the references point into
     pixels: int = 0  # of all its images, without what has still to be fetched
 
     async def inlined(self, fetcher: MediaFetcher) -> Fields:
