@@ -6,9 +6,9 @@ measured price of one, so that a model whose answers end long before their bound
 
 from __future__ import annotations
 
-FADE = 0.98  # what a past request still counts for after the next: the last fifty or so decide
+FADE = 0.99  # what a past request still counts for after the next: the last hundred or so decide
 ENOUGH = 20  # requests that must have been measured before anybody is turned away on a forecast
-BIAS_STEP = 1.002
+BIAS_STEP = 1.001
 MOST_BIAS = 4.0
 FIRST_GUESS = 1.0  # seconds a place is held, before anything was measured
 
