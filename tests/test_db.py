@@ -89,17 +89,37 @@ def test_batches_are_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(dbrows.Rows, "write", watched)
     with opened(path) as books:
-        for number in range(1300):
+        for number in range(2 * dbrows.BATCH_ROWS + 300):
             books.audit.add_request(record(number))
-    assert max(sizes) == 500 and sum(sizes) == 1300
+    assert max(sizes) == dbrows.BATCH_ROWS and sum(sizes) == 2 * dbrows.BATCH_ROWS + 300
 
 
-def test_five_hundred_rows_do_not_wait_for_the_rest_of_the_batch(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_comes_while_a_batch_is_written_waits_for_the_next(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else commits follow each other with a few rows each, for as long as there is load."""
+    sizes = []
+    write = dbrows.Rows.write
+
+    def slow(rows: dbrows.Rows, connection: sqlite3.Connection) -> None:
+        if "INTO requests" in rows.head and rows.rows:
+            sizes.append(len(rows.rows))
+            if len(sizes) < 20:
+                books.record(record(len(sizes)))  # another one comes
+        write(rows, connection)
+
+    monkeypatch.setattr(dbrows.Rows, "write", slow)
+    monkeypatch.setattr(db, "BATCH_SECONDS", 0.2)
+    with opened(path) as books:
+        books.record(record(0))
+        time.sleep(0.7)
+        assert 1 <= len(sizes) <= 4
+
+
+def test_a_full_batch_does_not_wait_for_its_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(db, "BATCH_SECONDS", 60.0)
     with opened(path) as books:
-        for number in range(501):
+        for number in range(dbrows.BATCH_ROWS + 1):
             books.record(record(number))
-        eventually(lambda: count(path) >= 500, 5)
+        eventually(lambda: count(path) >= dbrows.BATCH_ROWS, 5)
 
 
 @pytest.mark.timeout(30)

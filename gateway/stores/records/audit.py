@@ -48,6 +48,7 @@ _FIELDS = attrgetter(*_RECORDED.values())
 COLUMNS = (*_RECORDED, "cache", "prompt", "response")
 
 _REQUESTS = f"INSERT INTO requests ({', '.join(COLUMNS)})"
+_BRIEF_REQUESTS = f"INSERT INTO requests ({', '.join(_RECORDED)})"  # a third cheaper
 _EVENTS = "INSERT INTO events (ts, level, code, message, data)"
 
 Content = Literal["off", "hash", "full"]
@@ -138,7 +139,7 @@ class Detail:
         return (self.prompt.size if self.prompt else 0) + (self.response.size if self.response else 0)
 
 
-_NO_DETAIL = (None, None, None)
+_NO_DETAIL = (None, None, None)  # cache, prompt, response
 
 
 class Backlog(Generic[T]):
@@ -196,6 +197,7 @@ class Audit:
         self.requests: Backlog[tuple[Request, Detail] | Request] = Backlog(bell)
         self._events: Backlog[Happening] = Backlog(bell)
         self._content_in = self._content_out = 0  # each is counted by one thread alone
+        self._detailed = False  # some of those that are being written have more than a record
         self.trimmed = 0  # prompts and answers that were left out
 
     def add_request(self, record: Request, detail: Detail | None = None) -> bool:
@@ -228,14 +230,18 @@ class Audit:
         """There is nothing to read."""
 
     def pending(self) -> list[Rows]:
+        rows = self.requests.take(self._request_row)
+        if self._detailed:
+            rows = [row if len(row) == len(COLUMNS) else (*row, *_NO_DETAIL) for row in rows]
         return [
-            Rows(_REQUESTS, self.requests.take(self._request_row)),
+            Rows(_REQUESTS if self._detailed else _BRIEF_REQUESTS, rows),
             Rows(_EVENTS, self._events.take(self._event_row)),
         ]
 
     def written(self) -> None:
         self.requests.done()
         self._events.done()
+        self._detailed = False
 
     def tidy(self, connection: sqlite3.Connection, now: float) -> bool:
         if not self._keeping.retention_days:
@@ -249,7 +255,8 @@ class Audit:
     def _request_row(self, entry: tuple[Request, Detail] | Request) -> Row:
         if not isinstance(entry, tuple):
             self._counted(entry)
-            return _FIELDS(entry) + _NO_DETAIL
+            return _FIELDS(entry)
+        self._detailed = True
         record, detail = entry
         self._content_out += detail.size
         self._counted(record)

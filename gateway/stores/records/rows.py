@@ -10,7 +10,7 @@ from functools import lru_cache
 from itertools import chain
 from typing import Protocol
 
-BATCH_ROWS = 500
+BATCH_ROWS = 2500  # a commit costs 1 ms of CPU: at 4,000 rows a second, 5 µs more a row in batches of 200
 ROWS_A_STATEMENT = 50  # more gain nothing; SQLite lets go of the GIL for as long as one statement runs
 
 Row = Sequence[object]
