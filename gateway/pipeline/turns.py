@@ -33,3 +33,7 @@ class Turns:
         if self._worker is None:
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="large bodies")
         return await asyncio.get_running_loop().run_in_executor(self._worker, work)
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.shutdown(wait=False, cancel_futures=True)

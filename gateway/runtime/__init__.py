@@ -190,6 +190,7 @@ async def open_runtime(
             books.event(event)
         shared = await stack.enter_async_context(shared_limits(settings, metrics))
         spine = Spine(settings, manager, queues, Limits(loop.time, budgets=books.budgets), shared, accounts)
+        stack.callback(spine.turns.close)
         spine.grammars = grammars = await stack.enter_async_context(grammars_of(settings, binary))
         pinger = Pinger(settings.sse_ping_seconds)
         runtime = Runtime(
