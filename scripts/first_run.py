@@ -17,7 +17,7 @@ from pathlib import Path
 
 from gateway.environment import load_settings, read_settings
 from gateway.errors import ConfigError
-from gateway.models.file import read_models_file
+from gateway.models.configured.file import read_models_file
 from gateway.settings import Settings
 from gateway.stores.keys.file import KeyFile
 from scripts import fetch_llama_server

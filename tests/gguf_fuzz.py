@@ -16,10 +16,10 @@ import tracemalloc
 from collections import Counter
 from pathlib import Path
 
-from gateway.models.arguments import Facts
-from gateway.models.device import RAM, Device
-from gateway.models.gguf import GGUFError, read_header
-from gateway.models.ledger import cache_ram_mb, need
+from gateway.models.gguf.header import GGUFError, read_header
+from gateway.models.memory.arguments import Facts
+from gateway.models.memory.device import RAM, Device
+from gateway.models.memory.ledger import cache_ram_mb, need
 from tests.gguf_bytes import ARRAY, F32, LLAMA, STRING, U64, Typed, gguf, tensor
 
 MOST_BYTES = 64 << 20

@@ -16,14 +16,14 @@ from gateway.environment import load_settings
 from gateway.events import Event, Events
 from gateway.metrics import Metrics
 from gateway.models import ends
-from gateway.models.footprint import FootprintBook
 from gateway.models.local import LocalOwner, Means
+from gateway.models.memory.footprint import FootprintBook
+from gateway.models.memory.landlord import Landlord
 from gateway.models.plan import Herd, Planner
 from gateway.models.policy import Crash, restart_delay
 from gateway.models.ports import Ports
 from gateway.models.process import Process
 from gateway.models.registry import ModelSpec
-from gateway.models.room import Landlord
 from gateway.state import Board, ModelState
 from tests.fake_llama import install
 from tests.house import free_port, soon

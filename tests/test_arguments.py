@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.models.arguments import _FILES, _SWITCHES, _VALUES, ALL_LAYERS, Facts, facts_of
+from gateway.models.memory.arguments import _FILES, _SWITCHES, _VALUES, ALL_LAYERS, Facts, facts_of
 
 SLOTS = {"parallel": 2, "kv_unified": False}
 

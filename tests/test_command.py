@@ -24,8 +24,8 @@ from gateway.models.command import (
     flag_value,
     refused_flag,
 )
+from gateway.models.configured.template import PromptTemplate
 from gateway.models.spec import ModelSpec
-from gateway.models.template import PromptTemplate
 from tests.house import llama_server
 
 SPEC = ModelSpec(id="qwen")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gateway.models.device import RAM, Device, anonymous_bytes, devices, visible
+from gateway.models.memory.device import RAM, Device, anonymous_bytes, devices, visible
 
 MIB = 1 << 20
 

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from gateway.http.openapi.document import document
-from gateway.models.file import read_models_file
+from gateway.models.configured.file import read_models_file
 from gateway.settings import variables
 from tests.house import ADMIN, ROOT, USER, Gateway, running_gateway
 from tests.nats_kit import running_nats

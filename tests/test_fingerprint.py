@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from gateway.models.configured.template import PromptTemplate
 from gateway.models.fingerprint import Contents, as_it_lies, fingerprint
 from gateway.models.spec import ModelSpec
-from gateway.models.template import PromptTemplate
 from gateway.settings import Settings
 from tests.house import eventually
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.models.footprint import (
+from gateway.models.memory.footprint import (
     MOST_ENTRIES,
     MOST_RAISED,
     RAISE,

@@ -18,10 +18,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gateway.models.arguments import Facts
-from gateway.models.gguf import GGUFError, GGUFHeader, read_header, shards
-from gateway.models.gguf_file import _BLOCKS, CHUNK, MAX_HEADER
-from gateway.models.ledger import predict
+from gateway.models.gguf.container import _BLOCKS, CHUNK, MAX_HEADER
+from gateway.models.gguf.header import GGUFError, GGUFHeader, read_header, shards
+from gateway.models.memory.arguments import Facts
+from gateway.models.memory.ledger import predict
 from tests.gguf_bytes import ARRAY, F32, LLAMA, STRING, U8, U32, U64, Typed, gguf, pair, tensor, text
 
 MIB = 1 << 20

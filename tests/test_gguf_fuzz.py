@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.models.gguf import GGUFHeader, read_header
+from gateway.models.gguf.header import GGUFHeader, read_header
 from tests import gguf_fuzz
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from gateway.app import TABLE
 from gateway.cli import make_parser
-from gateway.models import translate
+from gateway.models.configured import translate
 from gateway.settings import variables
 from tests.house import ROOT, running_gateway
 from tests.monitoring.test_files import families

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from gateway.models.hub import HubModel, fetch_hf, find_hf_cached
-from gateway.models.partial import DownloadError
+from gateway.models.fetching.hub import HubModel, fetch_hf, find_hf_cached
+from gateway.models.fetching.partial import DownloadError
 
 FILES = [
     "README.md",

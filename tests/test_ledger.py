@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from gateway.models.arguments import Facts, facts_of
-from gateway.models.device import RAM, Device
-from gateway.models.gguf import GGUFHeader, read_header
-from gateway.models.ledger import Footprint, cache_ram_mb, need, predict, usable_budget
+from gateway.models.gguf.header import GGUFHeader, read_header
+from gateway.models.memory.arguments import Facts, facts_of
+from gateway.models.memory.device import RAM, Device
+from gateway.models.memory.ledger import Footprint, cache_ram_mb, need, predict, usable_budget
 from gateway.models.policy import Budget
 from tests.shapes import BIG_VOCABULARY, EMBEDDING, GEMMA, LLAMA, MANY_HEADS, MIXTURE, Q8_0, QWEN
 

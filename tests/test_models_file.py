@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from gateway.cli import main
 from gateway.environment import read_settings
 from gateway.errors import ConfigError
-from gateway.models.file import read_models_file
+from gateway.models.configured.file import read_models_file
 from gateway.models.registry import build_registry
 from gateway.settings import Settings
 from tests.models_file_kit import Place, place

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from gateway.models.configured.template import PromptTemplate
 from gateway.models.registry import ModelSpec
-from gateway.models.template import PromptTemplate
 from tests.models_file_kit import Place, place
 
 __all__ = ["place"]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from gateway.errors import ConfigError
-from gateway.models.template import PromptTemplate, read_template
+from gateway.models.configured.template import PromptTemplate, read_template
 from tests.house import eventually, free_port, llama_server, running_gateway
 
 ODD = PromptTemplate(

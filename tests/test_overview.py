@@ -8,9 +8,9 @@ from typing import Any, cast
 import pytest
 
 from gateway.models.local import LocalOwner
+from gateway.models.memory.landlord import MIB, Landlord
 from gateway.models.overview import Plan, foretell
 from gateway.models.policy import Budget, Room
-from gateway.models.room import MIB, Landlord
 
 NEED = {"RAM": 3 * MIB}
 CASES: dict[str, tuple[Room, dict[str, Any]]] = {

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from gateway.models.arguments import facts_of
-from gateway.models.device import RAM, Device
-from gateway.models.ledger import context_bytes, need
-from gateway.models.placement import place
+from gateway.models.memory.arguments import facts_of
+from gateway.models.memory.device import RAM, Device
+from gateway.models.memory.ledger import context_bytes, need
+from gateway.models.memory.placement import place
 from tests.test_ledger import HEADER
 
 GIB = 1 << 30

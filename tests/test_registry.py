@@ -8,9 +8,9 @@ import pytest
 
 from gateway.environment import load_settings
 from gateway.errors import ConfigError, ModelNotFound
+from gateway.models.configured.scan import find_models
+from gateway.models.configured.template import PromptTemplate
 from gateway.models.registry import ModelSpec, Registry, build_registry
-from gateway.models.scan import find_models
-from gateway.models.template import PromptTemplate
 
 
 def files(folder: Path, *names: str) -> Path:

@@ -8,9 +8,9 @@ import random
 import pytest
 
 from gateway.errors import InsufficientMemory
+from gateway.models.memory.landlord import MIB, Landlord
 from gateway.models.plan import Memory
 from gateway.models.policy import Budget, Need, Resident, Room, find_room, preload_what_fits, residency, threads_for
-from gateway.models.room import MIB, Landlord
 from tests.house import soon
 
 NOW = 100.0

@@ -37,7 +37,7 @@ def _read(file: Path | None) -> tuple[Settings, list[str]]:
     path = file or settings.config_path
     if path is None:
         return settings, problems
-    from gateway.models.file import read_models_file
+    from gateway.models.configured.file import read_models_file
 
     try:
         found = read_models_file(path, with_models=not settings.named_model)

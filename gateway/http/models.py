@@ -17,7 +17,7 @@ from gateway.errors import BadRequest, MethodNotAllowed, ModelNotFound, Shutting
 from gateway.http.context import RUNTIME
 from gateway.http.inference import read_body
 from gateway.http.visible import named_model, visible_specs
-from gateway.models.gguf import GGUFError, read_header
+from gateway.models.gguf.header import GGUFError, read_header
 from gateway.models.registry import ModelSpec
 from gateway.pipeline.call import parse_json_object, typed_field
 from gateway.runtime import Runtime

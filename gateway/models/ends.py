@@ -13,12 +13,12 @@ from gateway.backend import Backend
 from gateway.errors import CorralError, InsufficientMemory, ModelFailed
 from gateway.events import Events
 from gateway.metrics import Metrics
+from gateway.models.memory.landlord import Landlord, mib
 from gateway.models.owner import GONE, Owner
 from gateway.models.plan import Herd, Planner, Sizes
 from gateway.models.policy import Crash, Need, Resident, residency, restart_delay
 from gateway.models.ports import Ports
 from gateway.models.registry import ModelSpec
-from gateway.models.room import Landlord, mib
 from gateway.models.run import FlagRefused, NotWanted, OutOfMemory, Run
 from gateway.settings import Settings
 from gateway.state import Board, ModelState

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gateway import __version__
-from gateway.models.gguf import GGUFError, shards
+from gateway.models.gguf.header import GGUFError, shards
 from gateway.models.registry import ModelSpec
 from gateway.settings import Settings
 

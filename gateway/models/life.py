@@ -13,15 +13,15 @@ from typing import Any, TypeVar
 from gateway.errors import InsufficientMemory
 from gateway.events import Events
 from gateway.models.command import Launch
-from gateway.models.download import DownloadError
 from gateway.models.ends import Ending, Means
+from gateway.models.fetching.download import DownloadError
+from gateway.models.fetching.sources import fetch
 from gateway.models.fingerprint import Stamp, as_it_lies, fingerprint
 from gateway.models.owner import GONE
 from gateway.models.plan import Planned, Sizes
 from gateway.models.policy import idle_seconds_left
 from gateway.models.registry import ModelSpec
 from gateway.models.run import FlagRefused, NotWanted, OutOfMemory, Run, glance
-from gateway.models.sources import fetch
 from gateway.state import Board, ModelState
 
 log = logging.getLogger("corral.models")

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 from gateway.backend import Backend
 from gateway.errors import BadRequest
 from gateway.models.local import LocalOwner
+from gateway.models.memory.landlord import Landlord
 from gateway.models.overview import MemoryView, Plan, foretell, memory_view
 from gateway.models.owner import Lease, Owner
 from gateway.models.plan import Herd, Planner
 from gateway.models.policy import Need, preload_what_fits
 from gateway.models.registry import ModelSpec, Registry
-from gateway.models.room import Landlord
 from gateway.state import Board, ModelState
 
 log = logging.getLogger("corral.models")

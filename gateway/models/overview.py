@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gateway.models.local import LocalOwner
+from gateway.models.memory.landlord import MIB, Landlord, mib
 from gateway.models.owner import Owner
 from gateway.models.policy import Need
-from gateway.models.room import MIB, Landlord, mib
 from gateway.state import Board, ModelState
 
 

@@ -23,9 +23,9 @@ import msgspec
 
 from gateway.backend import Backend
 from gateway.errors import BackendError, BackendTimeout, BadRequest, CorralError
+from gateway.models.gguf.tiny import CONTEXT, tiny_model
 from gateway.models.ports import Ports
 from gateway.models.process import Process
-from gateway.models.tiny import CONTEXT, tiny_model
 
 CPU_SECONDS = 5  # what takes longer would keep the serving llama-server from everything else for as long
 MEMORY_MB = 1024

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gateway.models.arguments import facts_of
 from gateway.models.command import Launch, build_argv, build_environment, flag_value
-from gateway.models.device import RAM, Device, anonymous_bytes, devices, visible
-from gateway.models.footprint import FootprintBook, footprint_key
-from gateway.models.gguf import GGUFError, GGUFHeader, read_header, shards
-from gateway.models.ledger import cache_ram_mb, need, usable_budget
+from gateway.models.gguf.header import GGUFError, GGUFHeader, read_header, shards
+from gateway.models.memory.arguments import facts_of
+from gateway.models.memory.device import RAM, Device, anonymous_bytes, devices, visible
+from gateway.models.memory.footprint import FootprintBook, footprint_key
+from gateway.models.memory.ledger import cache_ram_mb, need, usable_budget
 from gateway.models.policy import Budget, Need, threads_for
 from gateway.models.registry import ModelSpec
 from gateway.settings import Settings

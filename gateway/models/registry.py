@@ -11,7 +11,7 @@ from typing import Any
 
 from gateway.environment import child_environment
 from gateway.errors import ConfigError, ModelNotFound
-from gateway.models.scan import describe, find_models, locate, model_id, names, only_in, scan
+from gateway.models.configured.scan import describe, find_models, locate, model_id, names, only_in, scan
 from gateway.models.spec import ModelSpec
 from gateway.settings import Settings
 
@@ -73,7 +73,7 @@ def build_registry(settings: Settings) -> Registry:
     if settings.named_model:
         return _alone(_single(settings), settings)
     if "models" in settings.file:
-        from gateway.models.entries import read_entries  # only who has a models file pays for it
+        from gateway.models.configured.entries import read_entries  # only who has a models file pays for it
 
         file = settings.config_path or Path("the models file")
         specs, problems = read_entries(settings.file["models"], settings.models_dir, file)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from gateway.backend import Backend
 from gateway.errors import BackendError, BackendTimeout
 from gateway.models.command import refused_flag
-from gateway.models.footprint import BufferLog, glance_argv, load_progress, out_of_memory
+from gateway.models.memory.footprint import BufferLog, glance_argv, load_progress, out_of_memory
 from gateway.models.plan import Planned
 from gateway.models.process import Process
 from gateway.models.watchdog import until_wedged

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gateway.models.template import PromptTemplate
+from gateway.models.configured.template import PromptTemplate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,11 +20,11 @@ from gateway.events import Event, Events
 from gateway.logs import LogWriter
 from gateway.metrics import Metrics
 from gateway.models.command import INHERITED, INHERITED_PREFIXES
-from gateway.models.footprint import FootprintBook
 from gateway.models.manager import Changes, Manager
+from gateway.models.memory.footprint import FootprintBook
+from gateway.models.memory.landlord import Landlord
 from gateway.models.plan import Planner
 from gateway.models.registry import ModelSpec
-from gateway.models.room import Landlord
 from gateway.pipeline.account import Accounts
 from gateway.pipeline.forward import Spine
 from gateway.pipeline.splice import Pinger

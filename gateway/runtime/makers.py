@@ -19,12 +19,12 @@ from gateway.logs import LogWriter
 from gateway.metrics import Metrics
 from gateway.models.command import INHERITED, INHERITED_PREFIXES
 from gateway.models.local import LocalOwner, Means
+from gateway.models.memory.landlord import Landlord
 from gateway.models.owner import Owner
 from gateway.models.plan import MOST_SLOTS, Herd, Planner
 from gateway.models.ports import Ports
 from gateway.models.registry import ModelSpec
 from gateway.models.remote import RemoteOwner
-from gateway.models.room import Landlord
 from gateway.pipeline.account import Accounts
 from gateway.runtime.configuration import foreign_key
 from gateway.settings import Settings

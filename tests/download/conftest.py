@@ -8,7 +8,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from gateway.models.download import Patience
+from gateway.models.fetching.download import Patience
 from tests.download.origin import Origin, Sleeps
 
 

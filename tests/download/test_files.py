@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from gateway.models.download import DownloadError, Patience, fetch_url
-from gateway.models.partial import Partial, disk_errors, is_complete, make_room, safe_name
+from gateway.models.fetching.download import DownloadError, Patience, fetch_url
+from gateway.models.fetching.partial import Partial, disk_errors, is_complete, make_room, safe_name
 from tests.download.origin import (
     BODY,
     DIGEST,
@@ -83,7 +83,7 @@ async def test_a_checked_file_is_hashed_once(origin: Origin, tmp_path: Path, mon
     path = await fetch_url(origin.url(), tmp_path, sha256=DIGEST.upper())
     assert files(tmp_path) == ["model.gguf", "model.gguf.sha256-ok"]
     with monkeypatch.context() as patch:
-        patch.setattr("gateway.models.partial.hash_file", lambda *_: pytest.fail("hashed again"))
+        patch.setattr("gateway.models.fetching.partial.hash_file", lambda *_: pytest.fail("hashed again"))
         assert await fetch_url(origin.url(), tmp_path, sha256=DIGEST) == path
     (tmp_path / "model.gguf.sha256-ok").unlink()
     assert await fetch_url(origin.url(), tmp_path, sha256=DIGEST) == path
@@ -214,7 +214,7 @@ async def test_a_cancellation_does_not_wait_for_a_long_hashing(
         stop.wait()
         return hashlib.sha256(), 0
 
-    monkeypatch.setattr("gateway.models.partial.hash_file", endless)
+    monkeypatch.setattr("gateway.models.fetching.partial.hash_file", endless)
     (tmp_path / "model.gguf").write_bytes(BODY)
     task = asyncio.create_task(fetch_url(origin.url(), tmp_path, sha256=DIGEST))
     await started.wait()
@@ -257,7 +257,8 @@ def test_a_hashing_cut_short_proves_nothing(tmp_path: Path) -> None:
 
 def test_nothing_heavy_is_imported_at_start() -> None:
     code = (
-        "import sys, gateway.models.download, gateway.models.hub, gateway.models.ledger, gateway.models.device;"
+        "import sys, gateway.models.fetching.download, gateway.models.fetching.hub;"
+        "import gateway.models.memory.ledger, gateway.models.memory.device;"
         "import json; print(json.dumps([m for m in ('aiohttp', 'yarl', 'numpy', 'ctypes') if m in sys.modules]))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from gateway.models.download import DownloadError, Patience, fetch_url
-from gateway.models.partial import Partial
+from gateway.models.fetching.download import DownloadError, Patience, fetch_url
+from gateway.models.fetching.partial import Partial
 from tests.download.origin import (
     BODY,
     DIGEST,

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from gateway.models.arguments import facts_of
-from gateway.models.device import RAM, Device, anonymous_bytes
-from gateway.models.footprint import BufferLog, glance_argv, load_progress, out_of_memory
-from gateway.models.gguf import read_header
-from gateway.models.ledger import need
+from gateway.models.gguf.header import read_header
+from gateway.models.memory.arguments import facts_of
+from gateway.models.memory.device import RAM, Device, anonymous_bytes
+from gateway.models.memory.footprint import BufferLog, glance_argv, load_progress, out_of_memory
+from gateway.models.memory.ledger import need
 from tests.house import free_port, llama_server
 from tests.real.llama import running_llama
 from tests.shapes import EMBEDDING, GEMMA, LLAMA, MIXTURE, QWEN, Shape

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gateway.models.gguf import GGUFError, shards
-from gateway.models.partial import DownloadError
+from gateway.models.fetching.partial import DownloadError
+from gateway.models.gguf.header import GGUFError, shards
 
 CACHE = ".hub"  # the cache folder that is ours, in MODELS_DIR
 _PREFERRED = ("Q4_K_M", "Q8_0")  # llama-server's own choice, then the one that is always good

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gateway.models.download import fetch_url
-from gateway.models.hub import fetch_hf
+from gateway.models.fetching.download import fetch_url
+from gateway.models.fetching.hub import fetch_hf
 from gateway.models.spec import ModelSpec
 
 log = logging.getLogger("corral.models")

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from gateway.errors import ConfigError
-from gateway.models.glimpse import glimpse
+from gateway.models.configured.glimpse import glimpse
+from gateway.models.configured.template import PromptTemplate, read_template
 from gateway.models.spec import ModelSpec
-from gateway.models.template import PromptTemplate, read_template
 
 TEMPLATE_NAME = "prompt_template.json"
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
@@ -142,7 +142,7 @@ def _siblings(folder: Path) -> list[str]:
 
 def _embeds(path: Path) -> bool | None:
     """True where the first keys say so; None: the whole header decides."""
-    from gateway.models.gguf import EMBEDDING_ARCHITECTURES
+    from gateway.models.gguf.header import EMBEDDING_ARCHITECTURES
 
     seen = glimpse(path)
     return True if seen.architecture in EMBEDDING_ARCHITECTURES or seen.pooling_type in (1, 2, 3, 4) else None

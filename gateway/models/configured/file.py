@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway.errors import ConfigError
-from gateway.models.translate import translate
+from gateway.models.configured.translate import translate
 from gateway.settings import variables
 
 SECTIONS = ("api", "system", "models", "redis", "rate_limit")

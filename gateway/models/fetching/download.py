@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
-from gateway.models.partial import DownloadError, Partial, disk_errors, is_complete, make_room, safe_name, stamp
+from gateway.models.fetching.partial import (
+    DownloadError,
+    Partial,
+    disk_errors,
+    is_complete,
+    make_room,
+    safe_name,
+    stamp,
+)
 
 if TYPE_CHECKING:
     import aiohttp  # 190 ms to import, and only who fetches pays them

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gateway.models.gguf_file import Contents, GGUFError, read_file
+from gateway.models.gguf.container import Contents, GGUFError, read_file
 
 __all__ = ["GGUFError", "GGUFHeader", "read_header", "shards"]
 

@@ -1,4 +1,4 @@
-"""The GGUF container: keys and tensor sizes out of files that nobody vouches for; gguf.py knows what they mean.
+"""The GGUF container: keys and tensor sizes out of files that nobody vouches for; header.py knows what they mean.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Where llama.cpp's `gguf.cpp` is stricter (nested
 lists, keys that come twice), it decides: a file that it refuses is of no use here.

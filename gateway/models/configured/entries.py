@@ -14,13 +14,13 @@ from typing import Any
 from gateway.environment import secret_named
 from gateway.errors import ConfigError
 from gateway.models.command import check_env, check_flags, flag_value
-from gateway.models.file import shown, unknown_keys
-from gateway.models.hub import HubModel
-from gateway.models.partial import DownloadError
-from gateway.models.scan import beside, locate, projector
+from gateway.models.configured.file import shown, unknown_keys
+from gateway.models.configured.scan import beside, locate, projector
+from gateway.models.configured.template import make_template
+from gateway.models.configured.translate import PARAMS
+from gateway.models.fetching.hub import HubModel
+from gateway.models.fetching.partial import DownloadError
 from gateway.models.spec import ModelSpec
-from gateway.models.template import make_template
-from gateway.models.translate import PARAMS
 
 KEYS = (
     "model_path hf url api_key_env flags aliases slots pinned idle_timeout_sec defaults env chat_template_file "

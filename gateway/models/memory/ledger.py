@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gateway.models.arguments import Facts
-from gateway.models.device import RAM, Device
-from gateway.models.gguf import GGUFHeader
-from gateway.models.placement import Placement, place
+from gateway.models.gguf.header import GGUFHeader
+from gateway.models.memory.arguments import Facts
+from gateway.models.memory.device import RAM, Device
+from gateway.models.memory.placement import Placement, place
 from gateway.models.policy import Budget
 
 _MIB = 1 << 20

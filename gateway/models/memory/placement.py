@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from gateway.models.arguments import Facts
-from gateway.models.device import RAM, Device
+from gateway.models.memory.arguments import Facts
+from gateway.models.memory.device import RAM, Device
 
 Shares = Mapping[str, float]  # of one, by device
 

@@ -1,0 +1,1 @@
+"""From models files and folders to what is configured."""
