@@ -70,7 +70,7 @@ def programs(block: Block) -> set[str]:
 
 
 # Programs whose blocks are run as they stand, before a real gateway.
-RUN = {"corral", "curl", "cat", "export", "head", "promtool", "python3", "test"}
+RUN = {"corral", "curl", "cat", "export", "grep", "promtool", "python3", "test"}
 
 
 def _docker(words: Words) -> None:
