@@ -19,7 +19,7 @@ from gateway.pipeline.frames import FrameParser
 from gateway.stores.records.audit import Detail
 
 DIGEST_BYTES = 4096  # of a stream's events, before their text is taken out; some 30 µs of the loop
-MOST_BODY = 1024 * 1024  # of an answer in one piece
+MOST_BODY = 256 * 1024  # of an answer in one piece; a slow reader holds it for long
 MOST_STREAM = 32 * 1024 * 1024
 
 CONTENT = (
