@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ def compiled(name: str) -> Path:
     if compiler is None:
         raise BenchError("a C compiler is needed: sudo apt-get install gcc libc6-dev")
     CACHE.mkdir(parents=True, exist_ok=True)
-    fresh = program.with_suffix(".new")  # another run may be using the old one
+    fresh = program.with_suffix(f".{os.getpid()}")  # another run may be using the old one, or be making one too
     built = _run([compiler, "-O2", "-o", str(fresh), str(source)], 120)
     if built.returncode:
         raise BenchError(f"{source.name} does not compile: {built.stderr}")
