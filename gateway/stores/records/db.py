@@ -162,14 +162,12 @@ class Database:
             return
         if self._suspected:
             self._guarded(self._check)
-        most = BATCH_ROWS
-        while most >= (1 if self._closing else BATCH_ROWS):
-            most = max(len(rows.rows) for store in self._stores for rows in store.pending())
-            if not most:
-                break
+        more = True
+        while more and (most := max(len(rows.rows) for store in self._stores for rows in store.pending())):
             if not self._guarded(self._commit):
                 return
             self._tell(None)  # not when it could be opened: on a full disk that works too
+            more = most >= BATCH_ROWS or self._closing
         if time.monotonic() >= self._tidy_at and self._connection is not None and not self._closing:
             self._guarded(self._tidy)
 
