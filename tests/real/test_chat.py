@@ -191,7 +191,7 @@ def test_a_talk(herd: Gateway) -> None:
         person.expect("(the next answers are of slow")
         person.line("and you?")
         person.expect("(4 tokens, ")
-        eventually(lambda: last_request(herd)["model"] == "slow")
+        eventually(lambda: last_request(herd).get("model") == "slow")
         person.line("/history")
         person.expect("user: hello\nassistant: ")
         person.expect("user: and you?\nassistant: ")
