@@ -95,7 +95,7 @@ async def test_nats_killed_in_the_middle_of_many_jobs(tmp_path: Path, chat_model
             await here.send("tiny", {"req_id": req_id} | job)
         for _ in range(2):
             seen = len(here.answers)
-            await until(lambda: len(here.answers) >= seen + 20)  # noqa: B023  # awaited here
+            await until(lambda: len(here.answers) >= seen + 20, 20)  # noqa: B023  # awaited here
             server.kill()
             await until(lambda: not here.client.is_connected)
             server.start()
