@@ -14,6 +14,7 @@ import re
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -33,7 +34,7 @@ _SECRET = re.compile(r"sk-[A-Za-z0-9_-]+-[A-Za-z0-9_-]{43}|(?<=Bearer )[^\s\"']+
 _ABOUT = ("request_id", "key_id", "model")
 
 
-class LateRecord(logging.LogRecord):
+class LateRecord(logging.LogRecord, ABC):
     """Put into words by the thread that writes it; a usual record costs whoever logs ten times as much.
 
     A subclass has `name`, and sets `created`; other handlers than ours find the rest once they ask for the message.
@@ -41,8 +42,9 @@ class LateRecord(logging.LogRecord):
 
     levelno, levelname, exc_info = logging.INFO, "INFO", None
 
+    @abstractmethod
     def words(self) -> str:
-        raise NotImplementedError
+        """The message."""
 
     def getMessage(self) -> str:
         usual = logging.LogRecord(self.name, self.levelno, __file__, 0, "", (), None, "close").__dict__

@@ -96,22 +96,22 @@ def test_batches_are_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_what_comes_while_a_batch_is_written_waits_for_the_next(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else commits follow each other with a few rows each, for as long as there is load."""
-    sizes = []
+    at: list[float] = []
     write = dbrows.Rows.write
 
-    def slow(rows: dbrows.Rows, connection: sqlite3.Connection) -> None:
+    def watched(rows: dbrows.Rows, connection: sqlite3.Connection) -> None:
         if "INTO requests" in rows.head and rows.rows:
-            sizes.append(len(rows.rows))
-            if len(sizes) < 20:
-                books.record(record(len(sizes)))  # another one comes
+            at.append(time.monotonic())
+            if len(at) == 1:
+                books.record(record(1))  # another one comes
         write(rows, connection)
 
-    monkeypatch.setattr(dbrows.Rows, "write", slow)
-    monkeypatch.setattr(db, "BATCH_SECONDS", 0.2)
+    monkeypatch.setattr(dbrows.Rows, "write", watched)
+    monkeypatch.setattr(db, "BATCH_SECONDS", 0.3)
     with opened(path) as books:
         books.record(record(0))
-        time.sleep(0.7)
-        assert 1 <= len(sizes) <= 4
+        eventually(lambda: len(at) == 2, 5)
+    assert at[1] - at[0] > 0.25
 
 
 def test_a_full_batch_does_not_wait_for_its_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """What a request and its answer said, for the records (AUDIT_CONTENT): gathered as it goes by, read when it is over.
 
-The event loop only keeps the bytes; they become text in the thread that writes the records. Of a long stream the text
-is taken out now and then, for its events take thirty times as much room.
+The event loop keeps the bytes, which become text in the thread that writes the records; out of a stream it takes the
+text every few KB, for its events take thirty times as much room.
 """
 
 from __future__ import annotations

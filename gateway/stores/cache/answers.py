@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from gateway.stores.cache.file import CacheFile, Strange, version_of
+from gateway.stores.cache.file import CacheFile, Strange, close_in, version_of
 from gateway.stores.records.db import Place
 
 MOST_ENTRY = 1 << 20  # bytes of one answer
@@ -172,11 +172,7 @@ class FileAnswers:
     async def close(self, seconds: float = 2.0) -> None:
         """Writes what is on its way, unless the disk hangs."""
         self._closed = True
-        closing = asyncio.wrap_future(self._thread.submit(self._file.close))
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await asyncio.shield(closing)
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        await close_in(self._thread, self._file, seconds)
 
     async def _ask(self, look: Callable[[], T]) -> T | None:
         if self._closed:

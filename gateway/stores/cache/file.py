@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import sqlite3
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from gateway.stores.records.db import Place
@@ -90,6 +92,15 @@ class CacheFile(ABC):
             with contextlib.suppress(sqlite3.Error):
                 self._connection.close()
             self._connection = None
+
+
+async def close_in(thread: ThreadPoolExecutor, file: CacheFile, seconds: float) -> None:
+    """Ends the one thread that uses `file`; what is on its way is written first, unless the disk hangs."""
+    closing = asyncio.wrap_future(thread.submit(file.close))
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await asyncio.shield(closing)
+    thread.shutdown(wait=False, cancel_futures=True)
 
 
 class Strange(sqlite3.DatabaseError):

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from gateway.errors import ConfigError
-from gateway.stores.cache.file import CacheFile, Strange, version_of
+from gateway.stores.cache.file import CacheFile, Strange, close_in, version_of
 from gateway.stores.records.db import Place
 
 DEFAULT_SIMILARITY = 0.8  # of the measurements in docs/CACHE.md
@@ -78,11 +78,7 @@ class Meanings:
 
     async def close(self, seconds: float = 2.0) -> None:
         self._closed = True
-        closing = asyncio.wrap_future(self._thread.submit(self._file.close))
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await asyncio.shield(closing)
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        await close_in(self._thread, self._file, seconds)
 
 
 class _File(CacheFile):

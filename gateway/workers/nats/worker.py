@@ -1,8 +1,8 @@
 """The NATS door: jobs of a JetStream work queue go through the spine, as many at once as there are places.
 
 Many workers share one queue. Each takes a job only when it can begin it; a job whose worker says nothing for ACK_WAIT
-is delivered to another. `nats_link` has the connection, `nats_layout` what is made in JetStream, `nats_pull` how jobs
-are asked for, `nats_work` what becomes of one; `jobs` decides how often it is tried.
+is delivered to another. `link` has the connection, `layout` what is made in JetStream, `pull` how jobs are asked for,
+`work` what becomes of one; `workers.jobs` decides how often it is tried.
 """
 
 from __future__ import annotations
