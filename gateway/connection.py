@@ -197,11 +197,12 @@ class Connection(asyncio.Protocol):
         self._keep_alive = told.keep_alive and framing is not Framing.UNTIL_CLOSE
         self._buffer = data
         self.state = State.BODY
-        assert self.head is not None
-        if self.head.cancelled():
+        waiting, self.head = self.head, None  # it will hold the reply, which refers to this connection
+        assert waiting is not None
+        if waiting.cancelled():
             self.abort()
         else:
-            self.head.set_result(Reply(self, told.status, told.headers, framing))
+            waiting.set_result(Reply(self, told.status, told.headers, framing))
 
     def _hold(self, data: bytes) -> None:
         self._buffer += data

@@ -48,8 +48,8 @@ class Said:
     def size(self) -> int:
         return len(self.words)
 
-    def text(self) -> str:
-        return self.words
+    def said(self) -> bytes:
+        return self.words.encode(errors="surrogatepass")
 
 
 def books_at(path: Path, told: list[str | None] | None = None, *, instance: str = "pod", **how: Any) -> Books:

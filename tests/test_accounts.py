@@ -59,7 +59,7 @@ def call(**about: Any) -> Call:
 def test_where_the_time_went(steps: str, queue_ms: float, load_ms: float, model_ms: float) -> None:
     clock, job = Clock(), call()
     accounts = Accounts(Metrics(), clock)
-    meter = accounts.meter()
+    meter = accounts.meter(1)
     kept: Record = accounts.open(job, meter)
     for step in steps.split():
         if step == "read":
@@ -84,7 +84,7 @@ def test_where_the_time_went(steps: str, queue_ms: float, load_ms: float, model_
 
 def test_who_is_running() -> None:
     accounts, job = Accounts(Metrics(), Clock()), call()
-    meters = [accounts.meter() for _ in range(3)]
+    meters = [accounts.meter(1) for _ in range(3)]
     records = [accounts.open(job, meter) for meter in meters]
     assert [meter for _, meter in accounts.running.values()] == meters
     accounts.close(records[1], job, meters[1], streamed=False)
@@ -100,7 +100,7 @@ def test_what_goes_with_a_record(keep: bool, cache: str | None) -> None:
     accounts.keep_texts = keep
     plain, full = list[Record](), list[tuple[Record, Detail]]()
     accounts.listen(plain.append, lambda record, detail: full.append((record, detail)))
-    meter = accounts.meter()
+    meter = accounts.meter(1)
     assert isinstance(meter, KeepingMeter) is keep
     kept = accounts.open(job, meter)
     meter.see(b'{"choices":[{"message":{"content":"yes"}}]}')
@@ -111,8 +111,8 @@ def test_what_goes_with_a_record(keep: bool, cache: str | None) -> None:
         return
     ((told, detail),) = full
     assert (plain, told, detail.cache) == ([], kept, cache)
-    texts = [said and said.text() for said in (detail.prompt, detail.response)]
-    assert texts == (["[]", "yes"] if keep else [None, None])
+    texts = [said and said.said() for said in (detail.prompt, detail.response)]
+    assert texts == ([b"[]", b"yes"] if keep else [None, None])
 
 
 def test_a_meter_that_keeps_counts_like_any_other() -> None:
@@ -162,7 +162,7 @@ def test_how_much_is_logged(level: str | None, infer: bool, failed: bool, line: 
 def test_a_request_says_how_much(about: dict[str, Any], shown: list[type], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     accounts, job = Accounts(Metrics(), Clock()), call(**about)
-    accounts.close(accounts.open(job), job, accounts.meter(), streamed=False)
+    accounts.close(accounts.open(job), job, accounts.meter(1), streamed=False)
     assert [type(line) for line in caplog.records] == shown
 
 
@@ -171,7 +171,7 @@ def test_a_quiet_log_still_has_what_is_asked_for(caplog: pytest.LogCaptureFixtur
     caplog.handler.setLevel(logging.NOTSET)
     accounts = Accounts(Metrics(), Clock())
     for job in (call(), call(log="info"), call(log="debug")):
-        accounts.close(accounts.open(job), job, accounts.meter(), streamed=False)
+        accounts.close(accounts.open(job), job, accounts.meter(1), streamed=False)
     assert [type(line) for line in caplog.records] == [Line, FullLine]
 
 

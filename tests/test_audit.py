@@ -84,7 +84,7 @@ def test_a_request_as_it_is_written(path: Path) -> None:
     ("content", "prompt", "response"),
     [
         ("off", None, None),
-        ("full", "a secret plan", "half a ? pair"),
+        ("full", "a secret plan", "half a \ufffd\ufffd\ufffd pair"),
         (
             "hash",
             hashlib.sha256(b"a secret plan").hexdigest(),
@@ -119,7 +119,11 @@ def test_texts_are_kept_without_secrets(path: Path) -> None:
 
     with opened(path, content="full", mask=mask) as books:
         books.audit.add_request(record(1), Detail(None, Said("my key is sk-1"), Said("so it is sk-1")))
-    assert rows(path, "SELECT prompt, response FROM requests") == [("my key is ***", "so it is ***")]
+        straddling = "x" * (audit.MOST_TEXT - 2) + "sk-1"
+        books.audit.add_request(record(2), Detail(None, Said(straddling)))
+    first, (cut, _) = rows(path, "SELECT prompt, response FROM requests")
+    assert first == ("my key is ***", "so it is ***")
+    assert cut == straddling[:-4] + "**… [cut: it has 262146 bytes]"
 
 
 def test_where_too_many_texts_wait_they_go_before_the_rows_do(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,12 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gateway.models.spec import ModelSpec
 from gateway.pipeline.call import parse_json_object
-from gateway.pipeline.counting import shifts, texts_of
+from gateway.pipeline.counting import beginning, shifts, texts_of, told_of
 from gateway.pipeline.dialects import Dialect
 
 AB = "a\nb"
@@ -54,7 +56,31 @@ AB = "a\nb"
     ],
 )
 def test_texts(dialect: Dialect, body: Any, certain: str, other: str) -> None:
-    assert texts_of(parse_json_object(json.dumps(body).encode()), dialect) == (certain, other)
+    fields = parse_json_object(json.dumps(body).encode())
+    assert tuple("\n".join(map(json.loads, texts)) for texts in texts_of(fields, dialect)) == (certain, other)
+    text, share, surely = told_of(fields, dialect, 1000)
+    assert (text, surely) == (certain or other, bool(certain))
+    assert share == (1 if not (certain and other) else pytest.approx(0.5, abs=0.5))
+
+
+@given(st.text(st.sampled_from('ab\\\\"\n\u00e9\u20ac\U0001f600')), st.integers(1, 30), st.booleans())
+def test_the_beginning_of_a_text(text: str, most: int, ascii_only: bool) -> None:
+    """Wherever it is cut: between the bytes of a character, within an escape."""
+    raw = json.dumps(text, ensure_ascii=ascii_only).encode()
+    said, share = beginning(raw, most)
+    assert text.startswith(said) and len(said) <= most and bool(said) is bool(text)
+    assert 0 < share <= 1
+    if share == 1 or len(raw) <= most:
+        assert said == text
+
+
+def test_a_long_prompt_is_told_in_part() -> None:
+    """And its share says how much of all the texts that is, in bytes."""
+    said = [{"role": "user", "content": "word " * 2000}, {"role": "assistant", "content": "x" * 5000}]
+    fields = parse_json_object(json.dumps({"messages": [said[0], said[0], said[1]]}).encode())
+    text, share, certain = told_of(fields, Dialect.CHAT, 12_000)
+    assert text == ("word " * 2000 + "\n" + "word " * 2000)[:12_000] and certain
+    assert share == pytest.approx(12_000 / 25_000, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from gateway.errors import BackendError, InvalidKey
+from gateway.pipeline.account import TAIL_BYTES
 from gateway.pipeline.dialects import Dialect, error_in
 from gateway.pipeline.routes import ROUTES
 from tests import streams
@@ -13,7 +14,7 @@ C, T, N, R, M = GENERATING
 
 
 def tail(data: bytes) -> bytes:
-    return data[-8192:]
+    return data[-TAIL_BYTES:]
 
 
 @pytest.mark.parametrize("dialect", GENERATING)

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gateway.pipeline.account import HEAD_BYTES, TAIL_BYTES
 from gateway.pipeline.dialects import Dialect
 from gateway.pipeline.usage import Usage, usage_of_body, usage_of_stream, with_prefill
 from tests import streams
@@ -16,7 +17,9 @@ WHOLE = Usage(streams.PROMPT, streams.GENERATED, streams.CACHED)
 
 def of_stream(dialect: Dialect, *events: bytes) -> Usage:
     data = b"".join(events)
-    return usage_of_stream(dialect, data[:4096], data[-8192:], data.count(b"data: {") + data.count(b"data: [DONE]\n"))
+    return usage_of_stream(
+        dialect, data[:HEAD_BYTES], data[-TAIL_BYTES:], data.count(b"data: {") + data.count(b"data: [DONE]\n")
+    )
 
 
 @pytest.mark.parametrize("dialect", GENERATING)
@@ -141,9 +144,9 @@ def test_of_a_body_in_another_hand() -> None:
 def test_of_the_head_and_tail_of_a_big_body() -> None:
     vectors = b'"data":[' + b"0.1," * 50_000 + b"0]"
     embedding = b'{"usage":{"prompt_tokens":9,"total_tokens":9},' + vectors + b"}"
-    assert usage_of_body(Dialect.EMBEDDINGS, embedding[:4096], embedding[-8192:]) == Usage(9)
+    assert usage_of_body(Dialect.EMBEDDINGS, embedding[:HEAD_BYTES], embedding[-TAIL_BYTES:]) == Usage(9)
     chat = b"{" + vectors + b',"usage":' + json.dumps(streams.USAGE, separators=(",", ":")).encode() + b"}"
-    assert usage_of_body(C, chat[:4096], chat[-8192:]) == WHOLE
+    assert usage_of_body(C, chat[:HEAD_BYTES], chat[-TAIL_BYTES:]) == WHOLE
 
 
 @settings(deadline=None)  # a busy machine is no failure

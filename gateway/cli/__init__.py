@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import signal
 import sys
@@ -11,12 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gateway import __version__
+from gateway import __version__, garbage
 from gateway.errors import ConfigError
-
-# The garbage collector looks for cycles when so many more objects were made than have gone. Python's 700 are reached by
-# the records that wait for their writer alone; looking through 20,000 takes 15 ms at most.
-GARBAGE_OBJECTS = 20_000
 
 _EPILOG = """\
 examples:
@@ -48,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 ok, 1 failed, 2 usage, 130 interrupted."""
     given = sys.argv[1:] if argv is None else list(argv)
     if argv is None and given[:1] in (["serve"], ["worker"]):
-        gc.set_threshold(GARBAGE_OBJECTS)
+        garbage.look_rarely()
         for number in (signal.SIGTERM, signal.SIGINT):  # until the loop listens to them; half a second is imports
             signal.signal(number, lambda *_: sys.exit(0))
     if given == ["serve"]:  # the container's start: nothing else needs to be imported before llama-server runs

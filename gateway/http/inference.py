@@ -64,7 +64,7 @@ async def infer(request: web.Request) -> web.StreamResponse:
         about = [("openai-processing-ms", str(took))] + ([] if keep_alive else [("Connection", "close")])
         return response_head(status, headers + common_headers(request) + call.headers_out + about)
 
-    splice = splice_for(request, call, transport, head, runtime.accounts.meter())
+    splice = splice_for(request, call, transport, head, runtime.accounts.meter(call.places))
     connection.splice = splice
     if connection.writing_paused:  # it pipelines, and has not read the last answer yet
         splice.pause_writing()

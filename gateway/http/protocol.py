@@ -56,14 +56,20 @@ class ClientConnection(RequestHandler):
         cast(asyncio.Transport, transport).set_write_buffer_limits(0)
         super().connection_made(transport)
 
+    def connection_lost(self, exc: BaseException | None) -> None:
+        super().connection_lost(exc)
+        self._body = EMPTY_PAYLOAD  # which refers to the connection
+
     def data_received(self, data: bytes) -> None:
         waiter = self._waiter
-        if self._owed == 0 and waiter is not None and not waiter.done() and not self._messages:
+        idle = self._request_count == 0 if waiter is None else not waiter.done()
+        if idle and self._owed == 0 and not self._messages:
             self._ready = self._hot.known(data, self)
             if self._ready is not None:
                 self._request_count += 1
                 self._head_since = None
-                waiter.set_result(None)
+                if waiter is not None:
+                    waiter.set_result(None)
                 return
         before, in_body = self._request_count, not self._body.is_eof()
         super().data_received(data)
@@ -103,7 +109,7 @@ class ClientConnection(RequestHandler):
         going_on = True
         try:
             while going_on and not (self._close or self._force_close):
-                if not self._messages:
+                if not self._messages and self._ready is None:
                     await self._more()
                 hot, self._ready = self._ready, None
                 body = EMPTY_PAYLOAD
@@ -123,9 +129,8 @@ class ClientConnection(RequestHandler):
                     self._keepalive_handle = self._loop.call_at(
                         self._next_keepalive_close_time, self._process_keepalive
                     )
-        except asyncio.CancelledError:
+        except asyncio.CancelledError:  # the client has left; raised again, it would keep all that its request was
             self.force_close()
-            raise
         except Exception:  # the errors middleware lets none through, so this is a fault of ours
             log.exception("a connection broke off")
             self.force_close()

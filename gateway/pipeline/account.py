@@ -18,7 +18,8 @@ from gateway.pipeline.transcript import Transcript, detail_of
 from gateway.pipeline.usage import NO_USAGE, Usage, usage_of_body, usage_of_stream, with_prefill
 from gateway.stores.records.audit import Detail
 
-HEAD_BYTES, TAIL_BYTES = 4096, 8192
+HEAD_BYTES, TAIL_BYTES = 2048, 4096  # of an answer's payload, which a meter keeps
+FINAL_BYTES, MOST_TAIL = 1024, 16 * 1024  # more for each further answer in the same stream: they may end together
 MOST_CHUNKS = 32  # that a meter has not looked at
 CLIENT_LEFT = 499  # nginx's code; in records and metrics only
 # Rejected requests without a key that are written down: a flood of them must not fill the disk. 2 a second are 50 MB
@@ -29,10 +30,11 @@ STRANGERS_AT_ONCE, STRANGERS_PER_SECOND = 600, 2.0
 class Meter:
     """Sees an answer's payload go by and keeps its head, its tail and its counts."""
 
-    __slots__ = ("_bytes", "_clock", "_frames", "_last", "assembled", "chunks", "first_at", "head", "prefill")
+    __slots__ = ("_bytes", "_clock", "_frames", "_last", "_most", "assembled", "chunks", "first_at", "head", "prefill")
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], answers: int = 1) -> None:
         self._clock = clock
+        self._most = min(TAIL_BYTES + FINAL_BYTES * (answers - 1), MOST_TAIL)
         self._bytes = self._frames = 0
         self.head = b""
         self._last = b""
@@ -58,7 +60,7 @@ class Meter:
             self.head += payload[: HEAD_BYTES - self._bytes]
         self._bytes += len(payload)
         self._frames += payload.count(b"data:")
-        self._last = (self._last + payload)[-TAIL_BYTES:]
+        self._last = (self._last + payload)[-self._most :]
 
     @property
     def size(self) -> int:
@@ -76,7 +78,7 @@ class Meter:
 
     @property
     def tail(self) -> bytes:
-        """The last TAIL_BYTES that went by, or all of it."""
+        """The last bytes that went by, or all of it."""
         if self.chunks:
             self.look()
         return self._last
@@ -85,7 +87,7 @@ class Meter:
         if streamed or self.assembled:
             usage = usage_of_stream(dialect, self.head, self.tail, self.frames)
             return with_prefill(usage, self.prefill) if self.prefill and not usage.prompt else usage
-        if self.size <= TAIL_BYTES:
+        if self.size <= self._most:
             return usage_of_body(dialect, self.tail)
         return usage_of_body(dialect, self.head, self.tail)
 
@@ -95,8 +97,8 @@ class KeepingMeter(Meter):
 
     __slots__ = ("transcript",)
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        super().__init__(clock)
+    def __init__(self, clock: Callable[[], float], answers: int = 1) -> None:
+        super().__init__(clock, answers)
         self.transcript: Transcript | None = None
 
     def _count(self, payload: bytes) -> None:
@@ -190,8 +192,8 @@ class Accounts:
         for listener, _ in self._listeners:
             listener(record)
 
-    def meter(self) -> Meter:
-        return KeepingMeter(self.clock) if self.keep_texts else Meter(self.clock)
+    def meter(self, answers: int) -> Meter:
+        return (KeepingMeter if self.keep_texts else Meter)(self.clock, answers)
 
     def open(self, call: Call, meter: Meter | None = None) -> Record:
         """`meter` is the one that will see its answer."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 _decoder = msgspec.json.Decoder(Fields)
 MOST_PLAIN_BYTES = 16 * 1024
+MOST_DECODED_BYTES = 64 * 1024  # of one value, where most of it does not matter
 SLICE_BYTES = 512 * 1024
 _TEXT = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
 _TURN = rb'\{\s*"role"\s*:\s*"[a-z]+"\s*,\s*"content"\s*:\s*' + _TEXT + rb"\s*\}"
@@ -110,10 +111,56 @@ def check_utf8(data: bytes) -> None:
 
 def decoded(fields: Fields) -> dict[str, object]:
     """All values of a parsed object. Raises InvalidJSON."""
+    return _each(fields, msgspec.json.decode)
+
+
+def outlined(fields: Fields) -> dict[str, object]:
+    """As `decoded`, but of a long value only what it is, for decoding 10 MB of text holds the interpreter for 40 ms.
+
+    Of a list: how many items it has and what each is, and the role of the last one. A list that begins with a number
+    is a prompt of tokens, and counts as one number. Raises InvalidJSON.
+    """
+    return _each(fields, lambda value: _outline(value) if _is_long(value) else msgspec.json.decode(value))
+
+
+def in_full(request: Mapping[str, object], fields: Fields) -> dict[str, object]:
+    """`request`, which is `outlined(fields)`, with its long values as they came."""
+    return {name: fields[name] if _is_long(fields[name]) else value for name, value in request.items()}
+
+
+def _each(fields: Fields, read: Callable[[msgspec.Raw], object]) -> dict[str, object]:
     try:
-        return {name: msgspec.json.decode(value) for name, value in fields.items()}
+        return {name: read(value) for name, value in fields.items()}
     except msgspec.DecodeError as error:  # such as 1e400
         raise InvalidJSON(f"the body is not valid JSON: {error}") from None
+
+
+def _is_long(value: msgspec.Raw) -> bool:
+    return memoryview(value).nbytes > MOST_DECODED_BYTES
+
+
+def _outline(value: msgspec.Raw) -> object:
+    start = bytes(memoryview(value)[:64])
+    if not start.startswith(b"["):
+        return _kind(start)
+    if _TOKENS.match(start):
+        return [0]
+    items = msgspec.json.decode(value, type=list[msgspec.Raw])
+    kinds = [_kind(bytes(memoryview(item)[:1])) for item in items]
+    if kinds and kinds[-1] == {}:
+        kinds[-1] = {"role": msgspec.json.decode(items[-1], type=_Turn).role}
+    return kinds
+
+
+def _kind(start: bytes) -> object:
+    """An empty value of the kind that begins so."""
+    if _NUMBER.match(start):
+        return 0
+    return {b"{": {}, b"[": [], b'"': ""}.get(start[:1])
+
+
+class _Turn(msgspec.Struct):
+    role: Any = None
 
 
 def are_plain(messages: msgspec.Raw) -> bool:

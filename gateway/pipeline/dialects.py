@@ -65,7 +65,7 @@ class Dialect(enum.Enum):
         return self.generates and not _differs(self, request)
 
     def ended_well(self, tail: bytes) -> bool:
-        """Whether a stream whose payload ends with `tail` (its last 8 KB, or all of it) came to its own end.
+        """Whether a stream whose payload ends with `tail` (its last 4 KB, or all of it) came to its own end.
 
         True for dialects without streams. A final event that begins before the tail is known by its last fields;
         none of them can stand in a text, where their quotes would be escaped. With several answers in one native

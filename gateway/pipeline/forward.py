@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -17,7 +18,7 @@ from gateway.models.manager import Manager
 from gateway.models.owner import Lease
 from gateway.models.registry import ModelSpec
 from gateway.pipeline.account import CLIENT_LEFT, Accounts, Record, note_failure
-from gateway.pipeline.call import Call, Fields, decoded, fill_in
+from gateway.pipeline.call import Call, Fields, fill_in, in_full, outlined
 from gateway.pipeline.claims import claim_of, expected_tokens, priority_of
 from gateway.pipeline.counting import COUNTED_BYTES, count_prompt
 from gateway.pipeline.dialects import Dialect
@@ -98,7 +99,7 @@ class Spine:
             media = await self.turns.of(lambda: self._checked(call)) if large else self._checked(call)  # 3
             fields = media.fields
             long = call.size > COUNTED_BYTES
-            counted = await count_prompt(call, fields, owner, self._settings) if long else None
+            counted = await count_prompt(call, fields, owner, self._settings, self.turns) if long else None
             tokens = expected_tokens(call, self._settings, owner.ctx or 0, counted)
             seat = None if self.cache is None else await self.cache.seat(call, media, spec)
             claim, shared = claim_of(call, self._settings, tokens), self._shared
@@ -186,9 +187,10 @@ class Spine:
     async def _stream(
         self, call: Call, fields: Fields, spec: ModelSpec, lease: Lease, answer: Answer, deadline: float
     ) -> bool:
-        if call.size > LARGE_BYTES:
-            await self.turns.take()
-        upstream = self._prepared(call, fields, lease.ctx or self._settings.ctx)
+        ctx = lease.ctx or self._settings.ctx
+        large = call.size > LARGE_BYTES
+        prepared = partial(self._prepared, call, fields, ctx)
+        upstream = await self.turns.of(prepared) if large else prepared()
         headers = [("traceparent", call.traceparent), ("x-request-id", call.request_id)]
         for last_try in (False, True):
             async with self._quarantine.tried(spec.id, upstream.body, deadline, suspect=last_try) as alone:
@@ -216,14 +218,15 @@ class Spine:
         most = min(settings.max_tokens_limit or ctx or 2**31 - 1, ctx or 2**31 - 1)
         bound = bound_answer(fields, dialect, call.bound, default=settings.max_tokens_default, most=most)
         if not call.stream and is_long(call, bound):
-            request = decoded(fields)
+            request = outlined(fields)
             if dialect.assembles(request):
-                asked = dialect.ask_stream(request)
+                asked = dialect.ask_stream(in_full(request, fields))
                 if dialect in TELL_PROGRESS:
                     asked[PROGRESS_FIELD] = True
                 return _Upstream(msgspec.json.encode(asked), assembling=request)
         if call.stream and "response_fields" in fields:
-            return _Upstream(msgspec.json.encode(dialect.keep_terminator(decoded(fields))))
+            kept = dialect.keep_terminator(in_full(outlined(fields), fields))
+            return _Upstream(msgspec.json.encode(kept))
         skip_progress = call.stream and ask_progress(dialect, fields)
         return _Upstream(msgspec.json.encode(fields), skip_progress=skip_progress)
 

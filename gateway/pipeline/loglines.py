@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from gateway.logs import LateRecord
-from gateway.pipeline.transcript import prompt_text
+from gateway.pipeline.transcript import prompt_said
 
 if TYPE_CHECKING:
     from gateway.pipeline.account import Record
@@ -80,8 +80,8 @@ class FullLine(Line):
         ]
         if record.model_ms and usage.completion:
             words.insert(1, f"{usage.completion / record.model_ms * 1000:.1f} tokens a second")
-        if self._with_prompt and (prompt := prompt_text(self._fields)) is not None:
-            words.append(f"prompt {prompt[:MOST_PROMPT]}")
+        if self._with_prompt and (prompt := prompt_said(self._fields)) is not None:
+            words.append(f"prompt {prompt[: 4 * MOST_PROMPT].decode(errors='replace')[:MOST_PROMPT]}")
         return ", ".join(words)
 
 

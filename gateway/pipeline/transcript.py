@@ -6,6 +6,7 @@ text every few KB, for its events take thirty times as much room.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
@@ -86,6 +87,10 @@ class Transcript:
         """Bytes that it holds."""
         return self._held + self._answer.size
 
+    def said(self) -> bytes | None:
+        text = self.text()
+        return None if text is None else text.encode(errors="surrogatepass")
+
     def text(self) -> str | None:
         """The answer: its text, or the JSON of it where there is more than one text; None where nothing has come."""
         if not self._seen:
@@ -135,25 +140,25 @@ class Prompt:
     def size(self) -> int:
         return sum(memoryview(value).nbytes for value in self._fields.values())
 
-    def text(self) -> str | None:
-        return prompt_text(self._fields)
+    def said(self) -> bytes | None:
+        return prompt_said(self._fields)
 
 
-def prompt_text(fields: Mapping[str, msgspec.Raw]) -> str | None:
-    """A lone text as it is, else the JSON of what there is; None where there is nothing."""
+def prompt_said(fields: Mapping[str, msgspec.Raw]) -> bytes | None:
+    """A lone text as it is, else the JSON of what there is, in UTF-8; None where there is nothing.
+
+    The JSON stays bytes, for making 10 MB of them into text holds the interpreter for 20 ms.
+    """
     said = {name: bytes(fields[name]) for name in CONTENT if name in fields}
     if not said:
         return None
     if len(said) == 1:
         (only,) = said.values()
         if only.startswith(b'"'):
-            try:
-                return msgspec.json.decode(only, type=str)
-            except (msgspec.DecodeError, UnicodeDecodeError):
-                pass
-        return only.decode(errors="replace")
-    inner = b",".join(b'"%b":%b' % (name.encode(), value) for name, value in said.items())
-    return f"{{{inner.decode(errors='replace')}}}"
+            with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
+                return msgspec.json.decode(only, type=str).encode(errors="surrogatepass")
+        return only
+    return b"{%b}" % b",".join([b'"%b":%b' % (name.encode(), value) for name, value in said.items()])
 
 
 class Pieces:

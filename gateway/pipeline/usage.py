@@ -33,7 +33,7 @@ _CHOICE = re.compile(rb'"index":(\d+),"(?:delta|logprobs|content)"')
 
 # Events of a stream that carry no token: the role, created + in_progress + item.added + part.added, two starts.
 _OVERHEAD = {Dialect.CHAT: 1, Dialect.RESPONSES: 4, Dialect.MESSAGES: 2}
-_NEAR = 2048  # a final event's numbers stand at its end; looking through all 8 KB takes three times as long
+_NEAR = 2048  # a final event's numbers stand at its end; looking through all of it takes longer
 _SLACK = 16  # more frames than tokens, and answers must have come and gone unseen between head and tail
 _MOST = 1 << 53  # beyond that it is no count
 
@@ -77,7 +77,7 @@ NO_USAGE = Usage()
 
 
 def usage_of_stream(dialect: Dialect, head: bytes, tail: bytes, frames: int) -> Usage:
-    """Of a stream: `head` its first ≤ 4 KB, `tail` its last ≤ 8 KB, `frames` how many `data:` lines it had.
+    """Of a stream: `head` its first ≤ 2 KB, `tail` its last ≤ 4 KB, `frames` how many `data:` lines it had.
 
     Several answers in one stream are summed. Where the end is missing, or lies before the tail because another
     answer went on, generated tokens are counted by frames; never raises.
@@ -110,7 +110,7 @@ def with_prefill(usage: Usage, event: bytes) -> Usage:
 
 
 def usage_of_body(dialect: Dialect, body: bytes, tail: bytes = b"") -> Usage:
-    """Of a whole answer; of a big one `body` may be its first 4 KB and `tail` its last 8 KB. Never raises.
+    """Of a whole answer; of a big one `body` may be its first 2 KB and `tail` its last 4 KB. Never raises.
 
     llama-server puts the usage of an embedding or a ranking first, of a text last. `tokens_cached` of the native
     dialect is what the slot holds in the end, generated tokens included: the cached ones are `timings.cache_n`.

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gateway import garbage
 from gateway.admission.limits import Limits
 from gateway.admission.queue import ByteBudget, Queue
 from gateway.environment import child_environment
@@ -215,6 +216,7 @@ async def open_runtime(
         )
         runtime.ticks.append(lambda _: watch_books(books, metrics))
         runtime.ticks += [pinger.tick, runtime.manager.sweep, lambda _: metrics.log_errors.set(logs.errors)]
+        runtime.ticks.append(lambda _: garbage.look_if(quiet=accounts.idle.is_set()))
         connect_parts(runtime)
         await stack.enter_async_context(caching(runtime))
         runtime.shared_usage = await stack.enter_async_context(shared_usage(settings, accounts))

@@ -32,7 +32,7 @@ async def ask(runtime: Runtime, key: Key, tokens: int) -> None:
     now = asyncio.get_running_loop().time()
     call = Call(ROUTES["/completion"], key, key.id, request_id, traceparent, now, None, {}, 100, transport="test")
     read_fields(call, b'{"prompt": "tell me of %b", "n_predict": %d}' % (key.id.encode(), tokens))
-    answer, record = await collected(runtime.spine, call, runtime.accounts.meter())
+    answer, record = await collected(runtime.spine, call, runtime.accounts.meter(1))
     assert answer.body
     assert record.usage.completion == tokens
 

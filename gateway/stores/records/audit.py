@@ -21,6 +21,7 @@ from gateway.stores.records.rows import BATCH_ROWS, Bell, Row, Rows
 MOST_WAITING = 20_000  # rows; about 15 MB
 MOST_CONTENT = 32 * 1024 * 1024  # bytes of prompts and answers that wait
 MOST_TEXT = 256 * 1024  # bytes of a prompt or an answer
+MOST_SECRET = 4096  # bytes of one that is to be masked
 MOST_DATA = 65_536  # characters of an event's data
 TIDY_ROWS = 5000
 
@@ -102,13 +103,14 @@ class Request(Protocol):
 
 
 class Text(Protocol):
-    """What was said, made into text by the writer's thread."""
+    """What was said, put together by the writer's thread."""
 
     @property
     def size(self) -> int:
         """Bytes that it holds until then."""
 
-    def text(self) -> str | None: ...
+    def said(self) -> bytes | None:
+        """In UTF-8; half a pair of surrogates, which JSON can bring, as if it were a character."""
 
 
 class Happening(Protocol):
@@ -275,17 +277,19 @@ def kept(said: Text | None, keeping: Keeping) -> str | None:
     """What is written of a prompt or an answer: the SHA-256 of the whole, or the text without secrets."""
     if said is None or keeping.content == "off":
         return None
-    text = said.text()
-    if text is None:
+    data = said.said()
+    if data is None:
         return None
     if keeping.content == "hash":
-        return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
-    return _writable(keeping.mask(text))
+        return hashlib.sha256(data).hexdigest()
+    # A secret that is cut in two would not be known for one: the cut that stays comes behind the masking.
+    return _writable(keeping.mask(data[: MOST_TEXT + MOST_SECRET].decode(errors="replace")), len(data))
 
 
-def _writable(text: str) -> str:
-    """Half a pair of surrogates, which JSON can bring, is no text for SQLite; what is too long is cut, and marked."""
+def _writable(text: str, size: int = 0) -> str:
+    """Half a pair of surrogates is no text for SQLite; what is too long is cut, and marked. `size` is that of all of
+    it, in bytes, where `text` is only its beginning."""
     data = text.encode(errors="replace")
-    if len(data) <= MOST_TEXT:
+    if max(size, len(data)) <= MOST_TEXT:
         return data.decode()
-    return f"{data[:MOST_TEXT].decode(errors='ignore')}… [cut: it has {len(data)} bytes]"
+    return f"{data[:MOST_TEXT].decode(errors='ignore')}… [cut: it has {max(size, len(data))} bytes]"

@@ -169,7 +169,7 @@ class Work:
 
     async def _run(self, call: Call) -> bytes:
         runtime, hand = self._means.runtime, self._hand
-        meter = runtime.accounts.meter()
+        meter = runtime.accounts.meter(call.places)
         if not call.stream:
             answer, record = await collected(runtime.spine, call, meter)
             told, usage = told_in(answer.body), record.told

@@ -93,7 +93,7 @@ class _Run:
         await self._waiting.put(end)
 
     async def _follow(self) -> None:
-        spine, meter = self._runtime.spine, self._runtime.accounts.meter()
+        spine, meter = self._runtime.spine, self._runtime.accounts.meter(self.call.places)
         if not self.call.stream:
             answer, record = await collected(spine, self.call, meter)
             self._took(record)
