@@ -57,21 +57,29 @@ AB = "a\nb"
 )
 def test_texts(dialect: Dialect, body: Any, certain: str, other: str) -> None:
     fields = parse_json_object(json.dumps(body).encode())
-    assert tuple("\n".join(map(json.loads, texts)) for texts in texts_of(fields, dialect)) == (certain, other)
+    assert tuple("\n".join(json.loads(bytes(text)) for text in texts) for texts in texts_of(fields, dialect)) == (
+        certain,
+        other,
+    )
     text, share, surely = told_of(fields, dialect, 1000)
     assert (text, surely) == (certain or other, bool(certain))
     assert share == (1 if not (certain and other) else pytest.approx(0.5, abs=0.5))
 
 
-@given(st.text(st.sampled_from('ab\\\\"\n\u00e9\u20ac\U0001f600')), st.integers(1, 30), st.booleans())
+@given(st.text(st.sampled_from('ab\\\\"\n\u00e9\u20ac\U0001f600'), min_size=1), st.integers(1, 30), st.booleans())
 def test_the_beginning_of_a_text(text: str, most: int, ascii_only: bool) -> None:
     """Wherever it is cut: between the bytes of a character, within an escape."""
     raw = json.dumps(text, ensure_ascii=ascii_only).encode()
-    said, share = beginning(raw, most)
-    assert text.startswith(said) and len(said) <= most and bool(said) is bool(text)
+    said, share = beginning(memoryview(raw), most)
+    assert text.startswith(said) and len(said) <= most and said
     assert 0 < share <= 1
     if share == 1 or len(raw) <= most:
         assert said == text
+
+
+def test_a_text_that_cannot_be_read() -> None:
+    for text in ('"\\ud800"', f'"{"word " * 100}\\ud800{" word" * 100}"'):
+        assert beginning(memoryview(text.encode()), 800) == ("", 0)
 
 
 def test_a_long_prompt_is_told_in_part() -> None:

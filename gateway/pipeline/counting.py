@@ -29,6 +29,7 @@ MARGIN = 16  # tokens that may be fewer where texts meet
 _SHIFTS = frozenset({"--context-shift"})
 MOST_ESCAPED = 13  # bytes in which a character ends: two escapes have twelve
 _NOTHING = msgspec.Raw(b"null")
+_QUOTE, _BRACE = b'"{'
 
 
 class _Turn(msgspec.Struct):
@@ -102,7 +103,7 @@ def told_of(fields: Fields, dialect: Dialect, most: int) -> Told:
     return Told("\n".join(said), size / whole if whole else 1.0, bool(certain))
 
 
-def texts_of(fields: Fields, dialect: Dialect) -> tuple[list[bytes], list[bytes]]:
+def texts_of(fields: Fields, dialect: Dialect) -> tuple[list[memoryview], list[memoryview]]:
     """The texts that surely go to the model, and those of which its chat template may leave something out.
 
     As JSON strings: decoding 10 MB of them would hold the interpreter for 20 ms.
@@ -112,23 +113,24 @@ def texts_of(fields: Fields, dialect: Dialect) -> tuple[list[bytes], list[bytes]
     given = fields.get("input" if dialect is Dialect.RESPONSES else "messages", _NOTHING)
     around = [fields.get(name, _NOTHING) for name in ("instructions", "system")]
     certain = [text for value in (*around, given) for text in _strings(value)]
-    other: list[bytes] = []
+    other: list[memoryview] = []
     for turn in _read(_turns, given):
         texts = _strings(turn.content) or [text for part in _read(_items, turn.content) for text in _part(part)]
         (other if turn.role not in ("user", "system", "developer") else certain).extend(texts)
     return certain, other
 
 
-def beginning(raw: bytes, most: int) -> tuple[str, float]:
-    """Of a JSON string what its first bytes say, `most` characters at the most, and how much of it that is."""
-    cut = most + MOST_ESCAPED
-    if cut >= len(raw):
-        text = msgspec.json.decode(raw, type=str)
-        return text[:most], min(1.0, most / len(text)) if text else 1.0
-    for end in range(cut, cut - MOST_ESCAPED, -1):  # it may be cut in the middle of a character or its escape
+def beginning(raw: memoryview, most: int) -> tuple[str, float]:
+    """Of a JSON string, not an empty one, what its first bytes say, and how much of it that is: `most` characters at
+    the most.
+
+    Nothing of one that cannot be read, such as half a pair of surrogates.
+    """
+    cut = min(most + MOST_ESCAPED, len(raw) - 1)
+    for end in range(cut, max(1, cut - MOST_ESCAPED), -1):  # it may be cut in the middle of a character or its escape
         with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
-            text = msgspec.json.decode(raw[:end] + b'"', type=str)
-            return text[:most], end / len(raw) * min(1.0, most / len(text))
+            text = msgspec.json.decode(bytes(raw[:end]) + b'"', type=str)
+            return text[:most], end / (len(raw) - 1) * min(1.0, most / len(text))
     return "", 0.0
 
 
@@ -137,14 +139,14 @@ def shifts(spec: ModelSpec, extra_args: str) -> bool:
     return spec.url is not None or not _SHIFTS.isdisjoint((*spec.flags, *extra_args.split()))
 
 
-def _strings(raw: msgspec.Raw) -> list[bytes]:
+def _strings(raw: msgspec.Raw) -> list[memoryview]:
     """The value, if it is a text that is not empty."""
-    text = bytes(raw)
-    return [text] if text.startswith(b'"') and text != b'""' else []
+    text = memoryview(raw)
+    return [text] if text.nbytes > 2 and text[0] == _QUOTE else []
 
 
-def _part(raw: msgspec.Raw) -> list[bytes]:
-    return _strings(msgspec.json.decode(raw, type=_Part).text) if bytes(raw).startswith(b"{") else []
+def _part(raw: msgspec.Raw) -> list[memoryview]:
+    return _strings(msgspec.json.decode(raw, type=_Part).text) if memoryview(raw)[0] == _BRACE else []
 
 
 def _read(decoder: msgspec.json.Decoder[list[T]], raw: msgspec.Raw) -> list[T]:
