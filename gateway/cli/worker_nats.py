@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import importlib
 
+from gateway import garbage
 from gateway.cli.config import load_configuration
 from gateway.cli.serve import announce_when_ready, on_signals, reload_on_sighup, run_house
 from gateway.errors import ConfigError
@@ -46,6 +47,7 @@ async def _work(settings: Settings, writer: LogWriter) -> None:
             announce_when_ready(runtime, "taking jobs from NATS", "takes jobs from NATS for")
             runtime.board.set_service(ServiceState.LOADING, "loading")
             runtime.board.refresh()
+            garbage.keep_what_stands()
             await stop.wait()
             await runtime.drain(hurry)
         if hurry.is_set():

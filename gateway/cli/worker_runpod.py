@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gateway import garbage
 from gateway.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ async def _live(args: argparse.Namespace, settings: Settings, writer: LogWriter)
         else:
             from gateway.workers.runpod.worker import take_jobs
 
+            garbage.keep_what_stands()
             code = await take_jobs(runtime, stop, hurry)
         if hurry.is_set():
             runtime.manager.kill()
