@@ -30,6 +30,11 @@ WHOLE = (
     b'{"choices":[{"finish_reason":"length","index":0,"message":{"role":"assistant","content":"Hello."}}],'
     b'"model":"m","usage":{"completion_tokens":20,"prompt_tokens":10,"total_tokens":30}}'
 )
+SMALL = (
+    b'{"model":"default","max_tokens":20,"messages":[{"role":"system","content":"You are a helpful assistant."},'
+    b'{"role":"user","content":"Tell me about llamas."}]}'
+)
+STREAM = SMALL.replace(b'"max', b'"stream":true,"max')
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
@@ -116,6 +121,20 @@ async def house(folder: Path) -> AsyncIterator[tuple[Runtime, int]]:
 async def client(port: int) -> Client:
     _, protocol = await asyncio.get_running_loop().create_connection(Client, "127.0.0.1", port)
     return protocol
+
+
+async def streaming(port: int) -> tuple[Client, asyncio.Transport]:
+    """A client whose stream has begun, and llama-server's side of it."""
+    Rote.streaming = None
+    one = await client(port)
+    one.transport.write(request(STREAM))
+    await soon(lambda: Rote.streaming is not None)
+    assert Rote.streaming is not None
+    return one, Rote.streaming
+
+
+def chunk(payload: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(payload), payload)
 
 
 @contextlib.contextmanager

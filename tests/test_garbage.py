@@ -11,11 +11,8 @@ from typing import Any
 import pytest
 
 from gateway import garbage
-from tests.hot_path_kit import EVENT, FINAL, Client, Rote, client, house, request
+from tests.hot_path_kit import EVENT, FINAL, SMALL, chunk, client, house, request, streaming
 from tests.house import soon
-
-WHOLE = b'{"model":"default","max_tokens":20,"messages":[{"role":"user","content":"hi"}]}'
-STREAM = WHOLE.replace(b'"max', b'"stream":true,"max')
 
 
 @pytest.fixture
@@ -30,17 +27,6 @@ def circles() -> Iterator[list[Any]]:
     gc.enable()
 
 
-async def stream(port: int) -> tuple[Client, asyncio.Transport]:
-    Rote.streaming = None
-    one = await client(port)
-    one.transport.write(request(STREAM))
-    await soon(lambda: Rote.streaming is not None)
-    assert Rote.streaming is not None
-    Rote.streaming.write(b"%x\r\n%b\r\n" % (len(EVENT), EVENT))
-    await one.until(b" token")
-    return one, Rote.streaming
-
-
 async def test_nothing_is_left_behind(tmp_path: Path, circles: list[Any]) -> None:
     """By answers, whole and streamed, refusals, and clients that leave in the middle."""
     async with house(tmp_path) as (runtime, port):
@@ -48,19 +34,21 @@ async def test_nothing_is_left_behind(tmp_path: Path, circles: list[Any]) -> Non
         circles.clear()  # of the start
         for _ in range(3):
             one = await client(port)
-            for body, end in ((WHOLE, b"total_tokens"), (b"{", b"invalid_json"), (WHOLE, b"total_tokens")):
+            for body, end in ((SMALL, b"total_tokens"), (b"{", b"invalid_json"), (SMALL, b"total_tokens")):
                 one.got = b""
                 one.transport.write(request(body))
                 await one.until(end)
             one.transport.close()
-            one, upstream = await stream(port)
-            upstream.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(FINAL), FINAL))
+            one, upstream = await streaming(port)
+            upstream.write(chunk(EVENT) + chunk(FINAL) + b"0\r\n\r\n")
             await one.until(b"data: [DONE]")
             one.transport.close()
-            one, _ = await stream(port)
+            one, upstream = await streaming(port)
+            upstream.write(chunk(EVENT))
+            await one.until(b" token")
             one.transport.abort()
             await soon(lambda: not runtime.accounts.active)
-        del one, upstream, _
+        del one, upstream
         await asyncio.sleep(0)  # the last of the callbacks
         gc.collect()
         left = [found for found in circles if type(found).__module__.startswith(("gateway.", "aiohttp.", "uvloop."))]

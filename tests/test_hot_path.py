@@ -8,15 +8,10 @@ from pathlib import Path
 import pytest
 
 from gateway.pipeline.turns import Turns
-from tests.hot_path_kit import EVENT, FINAL, Client, Rote, client, counting, house, request
+from tests.hot_path_kit import EVENT, FINAL, SMALL, Client, chunk, client, counting, house, request, streaming
 from tests.house import soon
 
 REQUESTS = 20
-SMALL = (
-    b'{"model":"default","max_tokens":20,"messages":[{"role":"system","content":"You are a helpful assistant."},'
-    b'{"role":"user","content":"Tell me about llamas."}]}'
-)
-STREAM = SMALL.replace(b'"max', b'"stream":true,"max')
 # A little above what they take today. Whoever needs more should know why, and say so here.
 CALLS_PER_REQUEST = 275
 CALLS_PER_TOKEN = 16
@@ -28,20 +23,6 @@ async def answered(one: Client, message: bytes, times: int) -> None:
         one.transport.write(message)
         await one.until(b"total_tokens")
         assert one.got.startswith(b"HTTP/1.1 200")
-
-
-async def streaming(port: int) -> tuple[Client, asyncio.Transport]:
-    """A client whose stream has begun, and llama-server's side of it."""
-    Rote.streaming = None
-    one = await client(port)
-    one.transport.write(request(STREAM))
-    await soon(lambda: Rote.streaming is not None)
-    assert Rote.streaming is not None
-    return one, Rote.streaming
-
-
-def chunk(payload: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(payload), payload)
 
 
 async def test_calls_per_request(tmp_path: Path) -> None:

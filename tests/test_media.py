@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.errors import BadRequest
-from gateway.pipeline.call import decoded, parse_json_object
+from gateway.pipeline.call import parse_json_object
 from gateway.pipeline.dialects import Dialect
 from gateway.pipeline.media.fetch import Fetched, MediaFetcher
 from gateway.pipeline.media.find import MAX_NESTING, MAX_REFERENCES, Media, Reference, find_media, is_base64
+from tests.fields import decoded
 from tests.media_places import AT, B64, DATA, PLACES, URL, asked, filled, said
 
 FETCHED = f"data:image/webp;base64,{base64.b64encode(b'fetched').decode()}"

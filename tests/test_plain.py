@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from gateway.errors import BackendError, BadRequest, QueueFull
-from gateway.pipeline.call import decoded, parse_json_object
+from gateway.pipeline.call import parse_json_object
 from gateway.pipeline.dialects import Dialect
 from gateway.pipeline.frames import Frame
 from gateway.pipeline.plain import (
@@ -29,6 +29,7 @@ from gateway.pipeline.plain import (
 )
 from gateway.pipeline.usage import Usage
 from tests import streams
+from tests.fields import decoded
 
 SAID = [{"role": "user", "content": "hi"}]
 TRACE = "0af7651916cd43dd8448eb211c80319c"

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from gateway.errors import BadRequest
-from gateway.pipeline.call import decoded, parse_json_object
+from gateway.pipeline.call import parse_json_object
 from gateway.pipeline.responses import check_responses
+from tests.fields import decoded
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}}
 

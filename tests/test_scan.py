@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from gateway.environment import load_settings
 from gateway.errors import ConfigError
-from gateway.models.configured.glimpse import FIRST_BYTES, Glimpse, glimpse, look_at
 from gateway.models.configured.scan import find_models, scan
 from gateway.models.configured.template import PromptTemplate
+from gateway.models.gguf.glimpse import FIRST_BYTES, Glimpse, glimpse, look_at
 from gateway.models.registry import Registry, build_registry
 from tests.gguf_bytes import LLAMA, gguf
 from tests.test_registry import files

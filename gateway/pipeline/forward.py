@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Mapping
-from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -188,9 +187,10 @@ class Spine:
         self, call: Call, fields: Fields, spec: ModelSpec, lease: Lease, answer: Answer, deadline: float
     ) -> bool:
         ctx = lease.ctx or self._settings.ctx
-        large = call.size > LARGE_BYTES
-        prepared = partial(self._prepared, call, fields, ctx)
-        upstream = await self.turns.of(prepared) if large else prepared()
+        if call.size > LARGE_BYTES:
+            upstream = await self.turns.of(lambda: self._prepared(call, fields, ctx))
+        else:
+            upstream = self._prepared(call, fields, ctx)
         headers = [("traceparent", call.traceparent), ("x-request-id", call.request_id)]
         for last_try in (False, True):
             async with self._quarantine.tried(spec.id, upstream.body, deadline, suspect=last_try) as alone:

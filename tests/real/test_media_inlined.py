@@ -20,10 +20,11 @@ import msgspec
 import pytest
 
 from gateway.errors import BadRequest
-from gateway.pipeline.call import decoded, parse_json_object
+from gateway.pipeline.call import parse_json_object
 from gateway.pipeline.dialects import Dialect
 from gateway.pipeline.media.fetch import MediaFetcher
 from gateway.pipeline.media.find import find_media
+from tests.fields import decoded
 from tests.real.llama import Llama, running_llama
 from tests.real.projector import make_projector
 

@@ -94,8 +94,8 @@ async def test_nats_killed_in_the_middle_of_many_jobs(tmp_path: Path, chat_model
         for req_id, job in sent.items():
             await here.send("tiny", {"req_id": req_id} | job)
         for _ in range(2):
-            seen = len(here.answers)
-            await until(lambda: len(here.answers) >= seen + 20, 20)  # noqa: B023  # awaited here
+            enough = len(here.answers) + 20
+            await until(lambda enough=enough: len(here.answers) >= enough, 20)
             server.kill()
             await until(lambda: not here.client.is_connected)
             server.start()

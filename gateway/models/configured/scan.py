@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from gateway.errors import ConfigError
-from gateway.models.configured.glimpse import glimpse
 from gateway.models.configured.template import PromptTemplate, read_template
+from gateway.models.gguf.glimpse import glimpse
 from gateway.models.spec import ModelSpec
 
 TEMPLATE_NAME = "prompt_template.json"

@@ -1,6 +1,6 @@
 """The first keys of a GGUF file: enough to tell a model from an adapter, and cheap enough for a folder of hundreds.
 
-What a model needs is another question, and `gguf.read_header` answers it from the whole header.
+What a model needs is another question, and `header.read_header` answers it from the whole header.
 """
 
 from __future__ import annotations
