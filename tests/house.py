@@ -43,10 +43,11 @@ def alive(pid: int) -> bool:
         return False
 
 
-# Below the ports that the kernel hands out by itself. Each process locks those it has taken, by a byte of a file, until
-# it ends: between our look at a port and the server's bind, a parallel test would otherwise take it.
-_FIRST, _LAST = 10_000, 32_000
-_ports: Iterator[int] = itertools.cycle([*range(_FIRST + os.getpid() * 37 % 20_000, _LAST), *range(_FIRST, _LAST)])
+# Below the ports that the kernel hands out by itself, and those of further llama-servers. Each process locks
+# those it has taken, by a byte of a file, until it ends: between our look at a port and the server's bind, a parallel
+# test would otherwise take it.
+_FIRST, _LAST = 10_000, 20_000
+_ports: Iterator[int] = itertools.cycle([*range(_FIRST + os.getpid() * 37 % 9_000, _LAST), *range(_FIRST, _LAST)])
 _taken = os.open(Path(tempfile.gettempdir()) / f"corral-test-ports-{os.getuid()}", os.O_RDWR | os.O_CREAT, 0o600)
 
 

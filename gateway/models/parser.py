@@ -24,7 +24,7 @@ import msgspec
 from gateway.backend import Backend
 from gateway.errors import BackendError, BackendTimeout, BadRequest, CorralError
 from gateway.models.gguf.tiny import CONTEXT, tiny_model
-from gateway.models.ports import Ports
+from gateway.models.ports import Ports, Stranger, answers
 from gateway.models.process import Process
 
 CPU_SECONDS = 5  # what takes longer would keep the serving llama-server from everything else for as long
@@ -150,10 +150,11 @@ class GrammarParser:
 async def _until_ready(process: Process, backend: Backend) -> None:
     deadline = asyncio.get_running_loop().time() + READY_SECONDS
     while process.running and asyncio.get_running_loop().time() < deadline:
-        with contextlib.suppress(BackendError, BackendTimeout):
-            status, _ = await backend.get("/health", 5)
-            if status == 200:
+        try:
+            if await answers(backend):
                 return
+        except Stranger as stranger:
+            raise Untested(f"the grammar could not be tested: {stranger}") from None
         await process.ended_within(_POLL_SECONDS)
     why = f"llama-server was not ready after {READY_SECONDS:g} s"
     if not process.running:

@@ -1,9 +1,23 @@
-"""Ports of 127.0.0.1, one for each llama-server."""
+"""Ports of 127.0.0.1, one for each llama-server, and whether it is that one which answers there."""
 
 from __future__ import annotations
 
+import random
 import socket
 from typing import cast
+
+from gateway.backend import Backend
+from gateway.errors import BackendError, BackendTimeout
+
+# Below those that Linux gives to outgoing connections and to whoever does not mind which (ip_local_port_range, from
+# 32768 on): a server that is being started does not listen yet, and its port must not be anybody else's meanwhile.
+FURTHER = range(20_000, 32_000)
+_TRIES = 64
+_SECONDS = 5.0
+
+
+class Stranger(Exception):
+    """Another program answers where a llama-server of ours should; the text is a sentence."""
 
 
 class Ports:
@@ -19,9 +33,9 @@ class Ports:
 
     def take(self) -> int:
         """The preferred port if nobody has it, else any. Raises OSError where there is none."""
-        for _ in range(64):
-            wanted = 0 if self._preferred is None or self._preferred in self._taken else self._preferred
-            port = _bindable(wanted) or _bindable(0)
+        first = () if self._preferred is None else (self._preferred,)
+        for wanted in (*first, *random.sample(FURTHER, _TRIES), *[0] * _TRIES):
+            port = None if wanted in self._taken else _bindable(wanted)
             if port and port not in self._taken:
                 self._taken.add(port)
                 return port
@@ -29,6 +43,24 @@ class Ports:
 
     def give_back(self, port: int) -> None:
         self._taken.discard(port)
+
+
+async def answers(backend: Backend) -> bool:
+    """Whether a llama-server that was started on a port of ours is up.
+
+    Raises Stranger if it is not the one which was started: no other one takes the key of this start, but all of them
+    tell everybody that they are well.
+    """
+    try:
+        status, _ = await backend.get("/health", _SECONDS)
+        if status != 200:
+            return False
+        status, _ = await backend.get("/props", _SECONDS)
+    except (BackendError, BackendTimeout):
+        return False  # it does not listen yet
+    if status in (401, 403):
+        raise Stranger(f"another program answers at {backend.url}, where this llama-server should")
+    return True
 
 
 def _bindable(port: int) -> int | None:

@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 
 from gateway.backend import Backend
-from gateway.errors import BackendError, BackendTimeout
 from gateway.models.command import refused_flag
 from gateway.models.memory.footprint import BufferLog, glance_argv, load_progress, out_of_memory
 from gateway.models.plan import Planned
+from gateway.models.ports import Stranger, answers
 from gateway.models.process import Process
 from gateway.models.watchdog import until_wedged
 
@@ -111,8 +111,11 @@ class Run:
         """
         process, pause = self.process, _FIRST_POLL_SECONDS
         while process.running and self.seconds < LOAD_SECONDS:
-            if await self._healthy():
-                self.ready = True
+            try:
+                self.ready = await answers(self.backend)
+            except Stranger as stranger:
+                return str(stranger)
+            if self.ready:
                 return None
             if not wanted():
                 raise NotWanted
@@ -157,10 +160,3 @@ class Run:
         """`at_once` is for one whose answers are cut: some builds ignore SIGTERM after that, and somebody waits."""
         self.backend.close()  # before the signal: an open stream makes llama-server hang on SIGTERM
         await (self.process.stop(FORCED_KILL_AFTER_SECONDS) if at_once else self.process.stop())
-
-    async def _healthy(self) -> bool:
-        try:
-            status, _ = await self.backend.get("/health", 5)
-        except (BackendError, BackendTimeout):
-            return False  # it does not listen yet
-        return status == 200

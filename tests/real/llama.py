@@ -29,9 +29,9 @@ class Llama:
 
 
 @contextmanager
-def running_llama(model: Path, *arguments: str) -> Iterator[Llama]:
+def running_llama(model: Path, *arguments: str, port: int | None = None) -> Iterator[Llama]:
     """llama-server with the model and further arguments, ready, with two slots and the alias "demo"."""
-    llama = Llama(free_port())
+    llama = Llama(port or free_port())
     command = [str(llama_server()), "-m", str(model), "--host", "127.0.0.1", "--port", str(llama.port)]
     command += ["-c", "8192", "-np", "2", "-t", "1", "--no-webui", "--fit", "off", "--jinja", "--alias", "demo"]
     log = model.parent / f"llama-{llama.port}.log"
