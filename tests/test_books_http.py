@@ -81,6 +81,7 @@ async def get(url: str, key: str = "root") -> tuple[int, Any]:
         ("2026-11-21T15:00:00+02:00", 1_795_266_000),
         ("2026-11-21T15:00:00 02:00", 1_795_266_000),  # a + that nobody has quoted
         ("1795266000.5", 1_795_266_000.5),
+        ("0", 0),
     ],
 )
 def test_moments(text: str, at: float) -> None:

@@ -6,6 +6,7 @@ else goes aiohttp's way, and is answered alike.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,10 +21,9 @@ from gateway.http.middleware.cors import note_origin
 from gateway.http.middleware.errors import told
 from gateway.http.middleware.limits import check_length
 from gateway.http.middleware.request_id import count, name
+from gateway.pipeline.account import CLIENT_LEFT
 
 if TYPE_CHECKING:
-    import asyncio
-
     from gateway.http.protocol import ClientConnection
 
 
@@ -145,14 +145,16 @@ class HotRoutes:
             if not recognised(request, "infer"):  # 5 auth
                 await authenticated(request, "infer")
             response = await self._handler(request)
-        except ConnectionError:
-            raise  # the client is gone
+        except (ConnectionError, asyncio.CancelledError):
+            if ACCOUNTED not in hot:
+                count(request, CLIENT_LEFT)
+            raise
         except Exception as error:
             refusal = told(request, error)
             self._write(hot, refusal)
             response = refusal
         if ACCOUNTED not in hot:
-            count(request, response)
+            count(request, response.status)
         return hot.keep_alive and response.keep_alive is not False
 
     def _write(self, request: HotRequest, response: web.Response) -> None:

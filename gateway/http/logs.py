@@ -59,7 +59,7 @@ def moment(text: str, now: float, name: str = "since") -> float:
     if ago:
         return now - int(ago[1]) * UNITS[ago[2]]
     try:
-        if re.fullmatch(r"\d{9,11}(\.\d+)?", text, re.ASCII):
+        if re.fullmatch(r"0|\d{9,11}(\.\d+)?", text, re.ASCII):
             return float(text)
         at = datetime.fromisoformat(_LOST_PLUS.sub(r"\1+\2", text))
         return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()

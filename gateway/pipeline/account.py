@@ -188,7 +188,9 @@ class Accounts:
         self._listeners.append((callback, with_detail))
 
     def refused(self, record: Record) -> None:
-        """A request that did not come to the spine; it is counted elsewhere."""
+        """A request that did not come to the spine, which counts it among all others."""
+        if record.key_id:
+            self._metrics.key_requests.labels(record.key_id).inc()
         for listener, _ in self._listeners:
             listener(record)
 

@@ -12,7 +12,7 @@ import msgspec
 from gateway.admission.limits import Limits
 from gateway.admission.queue import Queue, Ticket
 from gateway.connection import Reply
-from gateway.errors import BackendGone, CorralError, ModelNotAllowed, ModelNotFound
+from gateway.errors import BackendGone, CorralError, ModelNotAllowed, ModelNotFound, ShuttingDown
 from gateway.models.manager import Manager
 from gateway.models.owner import Lease
 from gateway.models.registry import ModelSpec
@@ -66,6 +66,7 @@ class Spine:
         self.turns = Turns()
         self.grammars: GrammarTexts = NoGrammars()  # what requests may name
         self._running: set[asyncio.Task[object]] = set()
+        self._cut: set[asyncio.Task[object]] = set()  # those of them that end because the service does
 
     async def forward(self, call: Call, answer: Answer) -> Record:
         """Bring `call` to a model and its answer to `answer`; what it took is returned.
@@ -121,8 +122,12 @@ class Spine:
                 else:  # it was not served: it costs nothing
                     reservation.refund()
         except asyncio.CancelledError:
-            if not (call.stream and call.route.dialect.ended_well(answer.meter.tail)):
-                record.status = CLIENT_LEFT  # else it had all of the stream, and did not wait for the connection's end
+            if call.stream and call.route.dialect.ended_well(answer.meter.tail):
+                pass  # its client had all of the stream, and did not wait for the connection's end
+            elif task in self._cut:
+                note_failure(record, ShuttingDown("the service is shutting down"))
+            else:
+                record.status = CLIENT_LEFT
             raise
         except CorralError as error:
             note_failure(record, error)
@@ -132,12 +137,14 @@ class Spine:
             raise
         finally:
             self._running.discard(task)
+            self._cut.discard(task)
             self._accounts.close(record, call, answer.meter, streamed)  # 8
         return record
 
     async def cut(self, within: float = 2.0) -> None:
         """Cancel what still runs, for the service ends; returns when all of it has given back what it held."""
-        for task in tuple(self._running):
+        self._cut |= self._running
+        for task in self._cut:
             task.cancel()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.books_kit import rows
 from tests.house import ADMIN, USER, Gateway, alive, eventually, running_gateway
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(60)]
@@ -130,6 +131,8 @@ class TestShutdown:
             assert b'"code":"shutting_down"' in received[-400:]
             assert gateway.process.wait(20) == 0
             assert time.monotonic() - begun < 14, "the grace, 10 s until llama-server gets SIGKILL, and a moment"
+            recorded = rows(tmp_path / "data" / "corral.sqlite", "SELECT status, error FROM requests")
+            assert recorded == [(503, "shutting_down")], "the client did not leave"
             assert not alive(child)
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -63,10 +63,10 @@ async def authenticated(request: web.Request, scope: str) -> None:
 
 
 def admit(request: web.Request, key: Key, scope: str) -> None:
-    if not key.has(scope):
-        raise InsufficientScope(f"the key {key.id} lacks the scope {scope}, which this route needs")
     request[KEY] = key
     request[CALLER] = key.id
+    if not key.has(scope):
+        raise InsufficientScope(f"the key {key.id} lacks the scope {scope}, which this route needs")
 
 
 def needed_scope(request: web.Request) -> str | None:

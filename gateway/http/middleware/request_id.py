@@ -9,7 +9,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from gateway.http.context import ACCOUNTED, ERROR, KEY, RECEIVED_AT, REQUEST_ID, RUNTIME, TRACEPARENT, template
-from gateway.pipeline.account import Record
+from gateway.pipeline.account import CLIENT_LEFT, Record
 from gateway.pipeline.identity import identity
 from gateway.pipeline.routes import ROUTES
 
@@ -17,8 +17,12 @@ from gateway.pipeline.routes import ROUTES
 @web.middleware
 async def request_id(request: web.Request, handler: Handler) -> web.StreamResponse:
     name(request)
-    response = await handler(request)
-    count(request, response)
+    try:
+        response = await handler(request)
+    except (ConnectionError, asyncio.CancelledError):
+        count(request, CLIENT_LEFT)
+        raise
+    count(request, response.status)
     return response
 
 
@@ -28,15 +32,17 @@ def name(request: web.Request) -> None:
     request[REQUEST_ID], request[TRACEPARENT] = identity(headers.get("x-request-id"), headers.get("traceparent"))
 
 
-def count(request: web.Request, response: web.StreamResponse) -> None:
+def count(request: web.Request, status: int) -> None:
     """What has come to the spine is counted there."""
     if not request.get(ACCOUNTED):
         path = template(request) or "unknown"
-        request.app[RUNTIME].metrics.count_request(path, method_label(request.method), response.status, "")
+        request.app[RUNTIME].metrics.count_request(path, method_label(request.method), status, "")
+        if request.method == "OPTIONS":  # a browser's question about a request that is still to come
+            return
         if path in ROUTES:
-            write_down(request, path, response.status)
+            write_down(request, path, status)
         elif request.path in ROUTES:  # another method
-            write_down(request, request.path, response.status)
+            write_down(request, request.path, status)
 
 
 def write_down(request: web.Request, path: str, status: int) -> None:
