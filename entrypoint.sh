@@ -17,21 +17,21 @@ read_dotenv() { # plain KEY=VALUE lines; the gateway reads the file by itself
             \"*\"*) text=${text#\"} text=${text%%\"*} ;;
             \'*\'*) text=${text#\'} text=${text%%\'*} ;;
             \#*) text='' ;;
-            *) text=${text%%[[:space:]]#*} text=${text%"${text##*[![:space:]]}"} ;;
+            *) text=${text%%[[:space:]]#*} ;;
         esac
         dotenv[${BASH_REMATCH[2]}]=$text
     done <.env
 }
 
-setting() { # setting NAME [DEFAULT] → value[NAME]: the real variable, else the one in .env; empty counts as unset
-    if [[ -n ${!1+real} ]]; then value[$1]=${!1:-${2-}}; else value[$1]=${dotenv[$1]:-${2-}}; fi
+setting() { # setting NAME [DEFAULT] → value[NAME], trimmed: the real variable, else that of .env; empty counts as unset
+    local text=${!1-${dotenv[$1]-}}
+    text=${text#"${text%%[![:space:]]*}"} text=${text%"${text##*[![:space:]]}"}
+    value[$1]=${text:-${2-}}
 }
 
 detect_data_dir() { # the image holds an empty /data, so that one comes last
     local dir
-    for dir in /runpod-volume /workspace /data; do
-        if [[ -d $dir ]]; then break; fi
-    done
+    for dir in /runpod-volume /workspace /data; do [[ ! -d $dir ]] || break; done
     setting DATA_DIR "$dir"
 }
 
@@ -99,9 +99,9 @@ case ${value[WORKER_MODE],,} in
     *) echo "WORKER_MODE='${value[WORKER_MODE]}': must be one of http, nats, runpod" >&2 && exit 2 ;;
 esac
 for name in GATEWAY_PORT RUNPOD_{POD,ENDPOINT}_ID HOST HEALTH_{MODE,STALE_SECONDS} DEBUG_SHELL; do setting "$name"; done
-setting LOG_FORMAT text && setting PORT_HEALTH 8001
-setting PORT "${value[GATEWAY_PORT]:-8000}" # the deprecated name; the gateway warns of it
+setting LOG_FORMAT && setting PORT_HEALTH 8001 && setting PORT "${value[GATEWAY_PORT]:-8000}" # deprecated, as the gateway says
 if [[ -n ${value[RUNPOD_POD_ID]}${value[RUNPOD_ENDPOINT_ID]} ]]; then setting PORT_HEALTH "${value[PORT]}"; fi
+for name in PORT{,_HEALTH}; do [[ ! ${value[$name]} =~ ^0+([0-9]+)$ ]] || value[$name]=${BASH_REMATCH[1]}; done # 08001 is 8001
 if (($#)); then . "$here/health/check.sh"; fi
 # On a port of its own the gateway answers /ping itself; a worker listens nowhere.
 if [[ ${command[0]} == worker || ${value[PORT_HEALTH]} != "${value[PORT]}" ]]; then start_health_server; fi

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 from collections.abc import AsyncIterator
 
@@ -20,7 +21,7 @@ from gateway.http.middleware.errors import errors
 from gateway.http.middleware.limits import limits
 from gateway.http.middleware.request_id import request_id
 from gateway.http.openapi import serving
-from gateway.http.protocol import connection_factory, expire_connections
+from gateway.http.protocol import connection_factory, expire_connections, is_unsent
 from gateway.pipeline.routes import ROUTES
 from gateway.runtime import Runtime
 
@@ -76,6 +77,7 @@ TABLE = (
 )
 
 BACKLOG = 4096  # aiohttp's 128 drops connections when some hundred clients come at once
+_OF_THE_PORT = (errno.EADDRINUSE, errno.EACCES)  # what else keeps us from listening lies with the address
 
 
 def create_app(runtime: Runtime) -> web.Application:
@@ -118,9 +120,12 @@ async def listening(runtime: Runtime) -> AsyncIterator[int]:
         await runner.cleanup()
         number = error.errno or 0  # of a name that cannot be looked up it is negative
         reason = os.strerror(number) if number > 0 else error.strerror or str(error)
-        raise ConfigError([f"PORT={settings.port}: cannot listen on {settings.host}: {reason}"]) from None
-    inner, header_timeout = runner.server, settings.client_header_timeout
-    runtime.ticks.append(lambda now: expire_connections(inner, now, header_timeout))
+        name, value = ("PORT", settings.port) if number in _OF_THE_PORT else ("HOST", settings.host)
+        where = f"{settings.host}:{settings.port}"
+        raise ConfigError([f"{settings.told_as(name)}={value}: cannot listen on {where}: {reason}"]) from None
+    inner = runner.server
+    runtime.ticks.append(lambda now: expire_connections(inner, now, settings))
+    runtime.unsent.append(lambda: is_unsent(inner))
     runtime.ticks.append(app[live.FEED].tick)
     try:
         yield server.sockets[0].getsockname()[1]

@@ -7,6 +7,7 @@ payload.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping
 from enum import Enum, auto
 from typing import Protocol, cast
@@ -299,6 +300,13 @@ class Reply:
         await self.relay(collector)
         return b"".join(collector.parts)
 
+    async def beginning(self, most: int) -> bytes:
+        """The body, or its first `most` bytes: of a longer one the rest is not read, and the connection is closed."""
+        collector = _Collector(self, most)
+        with contextlib.suppress(_TooLong):
+            await self.relay(collector)
+        return b"".join(collector.parts)
+
     def close(self, error: CorralError | None = None) -> None:
         """Close the connection if the body has not ended; whoever relays it gets `error`."""
         if self._connection.done is self._done and (self._done.cancelled() or not self._done.done()):
@@ -318,14 +326,17 @@ class Reply:
             self._connection.resume()
 
 
+class _TooLong(BackendError):
+    pass
+
+
 class _Collector:
     def __init__(self, reply: Reply, limit: int) -> None:
         self._reply, self._left = reply, limit
         self.parts: list[bytes] = []
 
     def feed(self, raw: bytes, payload: bytes, last: bool) -> None:
-        self._left -= len(payload)
-        if self._left < 0:
-            self._reply.close(BackendError("llama-server's answer is larger than the gateway accepts"))
-        else:
-            self.parts.append(payload)
+        self.parts.append(payload[: self._left])
+        if len(payload) > self._left:
+            self._reply.close(_TooLong("llama-server's answer is larger than the gateway accepts"))
+        self._left -= min(len(payload), self._left)

@@ -5,39 +5,62 @@ from __future__ import annotations
 import ipaddress
 import re
 import shlex
+import socket
 import urllib.parse
 
 from gateway.settings import Settings
+
+HTTP_URL = "must begin with http:// or https:// and a host; a port must be from 1 to 65535"
 
 
 def cross_check(settings: Settings) -> list[str]:
     """A line for each problem."""
     problems = [
-        f"{name}={shown}: {allowed}"
+        f"{settings.told_as(name)}={shown}: {allowed}"
         for name, shown, wrong, allowed in (
             (
                 "PORT_BACKEND",
                 settings.port_backend,
                 settings.port_backend == settings.port,
-                "must differ from PORT",
+                f"must differ from {settings.told_as('PORT')}",
+            ),
+            (
+                "PORT",
+                settings.port,
+                _is_health_servers(settings),
+                "must differ from PORT_HEALTH, where the health server, which reads no models file, listens already; "
+                f"for one port for both set PORT={settings.port}",
             ),
             (
                 "LLAMA_URL",
-                repr(settings.llama_url),
-                not re.match(r"https?://[^/\s]+", settings.llama_url or "http://x"),
-                "must begin with http:// or https://",
+                repr(without_password(settings.llama_url or "")),
+                not is_http_url(settings.llama_url or "http://x"),
+                HTTP_URL,
             ),
             (
                 "MODEL_URL",
                 "…",
-                not re.match(r"https?://[^/\s]+", settings.model_url or "http://x"),
-                "must begin with http:// or https://",
+                not is_http_url((settings.model_url or "http://x").replace(" ", "%20")),
+                HTTP_URL,
+            ),
+            (
+                "CACHE_EMBEDDING_MODEL",
+                repr(without_password(settings.cache_embedding_model or "")),
+                (settings.cache_embedding_model or "").startswith(("http://", "https://"))
+                and not is_http_url(settings.cache_embedding_model or ""),
+                HTTP_URL,
             ),
             (
                 "MODEL_SHA256",
                 repr(settings.model_sha256),
                 not re.fullmatch(r"[0-9a-fA-F]{64}", settings.model_sha256 or "0" * 64),
                 "must be 64 hexadecimal digits",
+            ),
+            (
+                "HOST",
+                repr(settings.host),
+                not _is_host(settings.host),
+                "must be an address or a name, such as 0.0.0.0, :: or localhost",
             ),
             (
                 "LOG_NAME",
@@ -67,6 +90,45 @@ def cross_check(settings: Settings) -> list[str]:
         if wrong
     ]
     return problems + _check_networks(settings) + _check_origins(settings) + _check_extra_args(settings)
+
+
+def _is_health_servers(settings: Settings) -> bool:
+    """entrypoint.sh starts none where both ports are one, but of a models file it knows nothing."""
+    in_file = settings.told_as("PORT").endswith("api.port")
+    has_one = settings.state_file is not None and settings.worker_mode == "http"
+    return in_file and has_one and settings.port == settings.port_health
+
+
+def is_http_url(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        named = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # the port, or an address in brackets
+        return False
+    # urlsplit itself would leave out line ends, wherever they stand
+    return named and parts.scheme in ("http", "https") and url.isprintable() and " " not in url
+
+
+def without_v1(url: str) -> str:
+    """A server's own address where `url` is the base that OpenAI's clients are given: our paths begin with /v1."""
+    return re.sub(r"(?<=[^/])/v1/*$", "", url)
+
+
+def without_password(url: str) -> str:
+    return re.sub(r"(?<=://)[^/]*@", "", url)
+
+
+def _is_host(host: str) -> bool:
+    try:
+        if ":" in host:
+            ipaddress.IPv6Address(host)  # with a zone, too
+        elif re.fullmatch(r"[0-9.]+", host):
+            socket.inet_aton(host)  # takes what the system takes: 127.1, 0
+        else:
+            return re.fullmatch(r"[A-Za-z0-9._-]+", host) is not None
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 def _is_nats(urls: str) -> bool:
@@ -99,7 +161,7 @@ def _check_networks(settings: Settings) -> list[str]:
 
 def _check_origins(settings: Settings) -> list[str]:
     return [
-        f"CORS_ORIGINS={origin!r}: must be * or scheme://host[:port] without a path"
+        f"{settings.told_as('CORS_ORIGINS')}={origin!r}: must be * or scheme://host[:port] without a path"
         for origin in settings.cors_origins
         if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin, re.IGNORECASE)
     ]

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gateway.crosscheck import cross_check
+from gateway.crosscheck import cross_check, without_v1
 from gateway.errors import ConfigError
 from gateway.settings import Settings, Variable, variables
 
@@ -49,30 +49,43 @@ def read_settings(
     warnings: list[str] = []
     layers = (real, _read_dotenv(dotenv, warnings))
     values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
     for var in variables():
-        where = ""
         try:
-            if (text := _lookup(var, layers, warnings)) is not None:
-                values[var.name] = _parse(var, text)
+            if (given := _lookup(var, layers, warnings)) is not None:
+                values[var.name] = _parse(var, *given)
+                origins[var.name] = given[0]
             elif file is not None and var.file and (value := _dig(file, var.file)) is not None:
-                where = origin
-                if text := _as_text(var, value).strip():
-                    values[var.name] = _parse(var, text, shown=var.file)
+                place = origin + place_in(file, var.file)
+                if text := _as_text(var, place, value).strip():
+                    values[var.name] = _parse(var, place, text)
+                    origins[var.name] = place
         except ValueError as error:
-            problems.append(f"{where}{error}")
+            problems.append(str(error))
     explicit = frozenset(values)
-    _resolve_paths(values)
+    problems += _resolve_paths(values)
     if "PORT_HEALTH" not in values and any(map(on_runpod, layers)):
         values["PORT_HEALTH"] = values.get("PORT", 8000)
     if "PORT_BACKEND" not in values and values.get("PORT") == 8080:
         values["PORT_BACKEND"] = 8081  # Cloud Run and others say PORT=8080; only who names both can be wrong
+    if (url := values.get("LLAMA_URL")) is not None and (bare := without_v1(url)) != url:
+        values["LLAMA_URL"] = bare
+        warnings.append("LLAMA_URL ends in /v1, which was left out: a llama-server is named by its address alone")
     settings = Settings(
         **{name.lower(): value for name, value in values.items()},
         warnings=tuple(warnings),
         explicit=explicit,
+        origins=origins,
         file=file or {},
     )
     return settings, problems + cross_check(settings)
+
+
+def place_in(file: Mapping[str, Any], path: str) -> str:
+    """Where the value at `path` stands in a models file that was put into today's words."""
+    moved = file.get("_moved", {})
+    section, _, key = path.rpartition(".")
+    return str(moved.get(path) or f"{moved.get(section, section)}.{key}")
 
 
 def child_environment(names: tuple[str, ...], prefixes: tuple[str, ...]) -> dict[str, str]:
@@ -125,11 +138,11 @@ def secrets_in_force(settings: Settings) -> list[str]:
 
 def _read_dotenv(path: Path | None, warnings: list[str] | None = None) -> dict[str, str]:
     """Raises ConfigError where the file cannot be read; lines that cannot be read are warned about."""
-    if path is None or not path.is_file():
-        return {}
-    from dotenv.parser import parse_stream  # imported only where a file is there: 10 ms of the start
-
     try:
+        if path is None or not path.is_file():
+            return {}
+        from dotenv.parser import parse_stream  # imported only where a file is there: 10 ms of the start
+
         with path.open(encoding="utf-8-sig") as file:
             lines = list(parse_stream(file))
     except (OSError, UnicodeDecodeError) as error:
@@ -146,23 +159,25 @@ def _read_dotenv(path: Path | None, warnings: list[str] | None = None) -> dict[s
     return found
 
 
-def _lookup(var: Variable, layers: Sequence[Mapping[str, str]], warnings: list[str]) -> str | None:
-    """The text in the first layer that has it, under its name or an older one. An empty value counts as unset."""
+def _lookup(var: Variable, layers: Sequence[Mapping[str, str]], warnings: list[str]) -> tuple[str, str] | None:
+    """In the first layer that has it: the name that it has there, its own or an older one, and the text.
+
+    An empty value counts as unset.
+    """
     for given in layers:
         for name in (var.name, *var.aliases, *var.deprecated):
             if text := given.get(name, "").strip():
                 if name in var.deprecated:
                     warnings.append(f"{name} is deprecated: use {var.name}")
-                return text
+                return name, text
     return None
 
 
 _TRUE, _FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 
 
-def _parse(var: Variable, text: str, shown: str | None = None) -> Any:
+def _parse(var: Variable, name: str, text: str) -> Any:
     """Raises ValueError with name, value and what is allowed."""
-    name = shown or var.name
     value = "…" if var.secret else text
     if var.kind is bool:
         if text.lower() in _TRUE | _FALSE:
@@ -173,7 +188,7 @@ def _parse(var: Variable, text: str, shown: str | None = None) -> Any:
     if var.kind is tuple:
         return tuple(part.strip() for part in text.split(",") if part.strip())
     if var.kind is Path:
-        return Path(text).expanduser()
+        return _path(name, text)
     if var.choices:
         if text.lower() not in var.choices:
             near = difflib.get_close_matches(text.lower(), var.choices, 1)
@@ -181,6 +196,13 @@ def _parse(var: Variable, text: str, shown: str | None = None) -> Any:
             raise ValueError(f"{name}={value!r}: must be one of {', '.join(var.choices)}{hint}")
         return text.lower()
     return text
+
+
+def _path(name: str, text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # ~ of somebody who is not there
+        raise ValueError(f"{name}={text!r}: there is no such user's home") from None
 
 
 def _number(var: Variable, name: str, text: str) -> int | float:
@@ -205,7 +227,7 @@ def _dig(tree: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def _as_text(var: Variable, value: Any) -> str:
+def _as_text(var: Variable, place: str, value: Any) -> str:
     """A value of the models file, as a variable would say it. Raises ValueError where its type is wrong."""
     if isinstance(value, list) and var.kind is tuple and all(isinstance(item, str) for item in value):
         return ",".join(value)
@@ -215,20 +237,29 @@ def _as_text(var: Variable, value: Any) -> str:
         return str(value)
     wanted = {bool: "true or false", int: "a number", float: "a number", tuple: "a list of texts"}.get(var.kind, "text")
     found = {list: "a list", dict: "a section", bool: "true or false", int: "a number", float: "a number"}
-    raise ValueError(f"{var.file}: must be {wanted}, not {found.get(type(value), type(value).__name__)}")
+    raise ValueError(f"{place}: must be {wanted}, not {found.get(type(value), type(value).__name__)}")
 
 
-def _resolve_paths(values: dict[str, Any]) -> None:
-    """Fill in the paths whose defaults depend on DATA_DIR."""
+def _resolve_paths(values: dict[str, Any]) -> list[str]:
+    """Fill in the paths whose defaults depend on DATA_DIR; a line where nothing in it can be looked at.
+
+    CONFIG_PATH becomes the first file that may be meant; whether one has models, its reader looks.
+    """
     data = values.setdefault("DATA_DIR", detect_data_dir())
     values.setdefault("MODELS_DIR", data / "models")
     values.setdefault("AUTH_KEYS_FILE", data / "api_keys.txt")
     values.setdefault("AUDIT_DB", data / "corral.sqlite")
     if "CONFIG_PATH" not in values:
-        found = next(
-            (data / f"config.{end}" for end in ("yaml", "yml", "json") if (data / f"config.{end}").is_file()), None
-        )
-        values["CONFIG_PATH"] = found
+        try:
+            values["CONFIG_PATH"] = next(iter(models_files_in(data)), None)
+        except OSError as error:
+            return [f"DATA_DIR={str(data)!r:.200}: must be a folder that may be looked into: {error.strerror}"]
+    return []
+
+
+def models_files_in(data_dir: Path) -> list[Path]:
+    """The files that count where CONFIG_PATH names none, if they have models. Raises OSError."""
+    return [path for end in ("yaml", "yml", "json") if (path := data_dir / f"config.{end}").is_file()]
 
 
 def detect_data_dir() -> Path:

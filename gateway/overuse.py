@@ -37,7 +37,17 @@ def too_many_at_once(limit: int, wait: float, headers: Headers) -> ConcurrencyEx
     return ConcurrencyExceeded(message, retry_after=wait, headers=_with_wait(headers, wait))
 
 
+def too_many_held(limit: int, asked: int, wait: float, headers: Headers) -> ConcurrencyExceeded:
+    """What is left of the day would do, if only running requests did not hold it; `wait` is until one has ended."""
+    message = (
+        f"{limit} tokens a day are allowed for this key; what its running requests may yet use of them leaves too few "
+        f"for the {asked} of this one: ask again when one has ended, or for a shorter answer"
+    )
+    return ConcurrencyExceeded(message, retry_after=wait, headers=_with_wait(headers, wait))
+
+
 def out_of_quota(limit: int, left: int, asked: int, wait: float | None, headers: Headers) -> InsufficientQuota:
+    """`left`: what was not used; running requests may hold some of it."""
     return InsufficientQuota(
         f"{limit} tokens a day are allowed for this key, {max(0, left)} are left, and this request may use {asked}; "
         "the next day begins at 00:00 UTC",

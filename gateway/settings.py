@@ -172,8 +172,13 @@ class Settings:
     # not variables: what loading found out
     warnings: tuple[str, ...] = field(default=(), compare=False)
     explicit: frozenset[str] = field(default=frozenset(), compare=False)  # names set by environment, .env or file
+    origins: Mapping[str, str] = field(default_factory=dict, compare=False)  # see `told_as`
     # the models file, for what is no variable; it may hold secrets
     file: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def told_as(self, name: str) -> str:
+        """How the user knows a variable's value: by the name that was set, or by its place in the models file."""
+        return self.origins.get(name, name)
 
     @property
     def named_model(self) -> bool:

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -34,6 +34,9 @@ class ModelState(StrEnum):
     FAILED = "failed"
 
 
+_COMING = (ModelState.DOWNLOADING, ModelState.STARTING, ModelState.LOADING, ModelState.CRASHED)
+
+
 @dataclass(slots=True)
 class ModelStatus:
     """What is known of one model. Times are unix seconds, progress is 0–1, memory MiB."""
@@ -51,38 +54,47 @@ class ModelStatus:
     vram_used_mb: int | None = None
     updated_at: float = field(default_factory=time.time)
     settled: bool = False  # it has answered since its start or its last crash
+    away: bool = False  # a foreign server that does not answer: nobody here can bring it back
 
     def as_json(self) -> dict[str, Any]:
         row = asdict(self)
-        del row["settled"]
+        del row["settled"], row["away"]
         row["status"] = row["state"]
         return row
 
 
 @dataclass(frozen=True, slots=True)
-class Required:
-    """A model that must be resident, as `service_state` sees it."""
+class Seen:
+    """A model as `service_state` sees it."""
 
     state: ModelState
     settled: bool
+    away: bool = False
 
 
-def service_state(required: list[Required], single: bool, was_ready: bool) -> ServiceState:
-    """The state of an accepting service (CONTRACT 2), from its resident models.
+def service_state(required: list[Seen], single: bool, was_ready: bool, others: Sequence[Seen] = ()) -> ServiceState:
+    """The state of an accepting service (CONTRACT 2), from its resident models and the `others`, loaded on demand.
 
     With nothing to preload it is ready at once. An idle unload keeps ready (the model stays settled); a crash
-    unsettles: with one model that means loading again, among several the service stays ready.
+    unsettles: with one model that means loading again, among several the service stays ready. A foreign server that
+    is away is not waited for, and where all resident models have failed, another one that answers is enough.
     """
     if not required:
         return ServiceState.READY
     if all(model.state is ModelState.FAILED for model in required):
-        return ServiceState.FAILED
-    ended = [model.settled or model.state is ModelState.FAILED for model in required]
+        usable = any(model.settled or (was_ready and model.state in _COMING) for model in others)
+        return ServiceState.READY if usable else ServiceState.FAILED
+    ended = [model.settled or model.away or model.state is ModelState.FAILED for model in required]
     if single:
         return ServiceState.READY if required[0].settled else ServiceState.LOADING
     if was_ready:
         return ServiceState.READY
-    return ServiceState.READY if all(ended) and any(model.settled for model in required) else ServiceState.LOADING
+    answers = any(model.settled for model in (*required, *others))
+    return ServiceState.READY if all(ended) and answers else ServiceState.LOADING
+
+
+def _seen(models: Iterable[ModelStatus]) -> list[Seen]:
+    return [Seen(model.state, model.settled, model.away) for model in models]
 
 
 class Board:
@@ -151,8 +163,9 @@ class Board:
     def refresh(self) -> None:
         """Derive the service's state anew; the runtime calls it once when it begins to accept."""
         models = [self.models[name] for name in self._required]
+        others = [model for name, model in self.models.items() if name not in self._required]
         was_ready = self.status is ServiceState.READY
-        status = service_state([Required(m.state, m.settled) for m in models], self.single, was_ready)
+        status = service_state(_seen(models), self.single, was_ready, _seen(others))
         self.set_service(status, self._describe(status, models))
 
     @staticmethod
@@ -176,12 +189,12 @@ class Board:
         }
 
 
-HEARTBEAT_SECONDS = 1.0
+HEARTBEAT_SECONDS = 1.0  # at most; one of three may be late without being missed
 
 
 @contextlib.asynccontextmanager
-async def publishing(board: Board, path: Path | None) -> AsyncIterator[None]:
-    """Keep `path` (on tmpfs) up to date: at each change, and each second as a heartbeat.
+async def publishing(board: Board, path: Path | None, stale_seconds: float = 10.0) -> AsyncIterator[None]:
+    """Keep `path` (on tmpfs) up to date: at each change, and as a heartbeat, well before the last one is stale.
 
     The heartbeat is CLOCK_MONOTONIC, which all processes of a machine share and no clock step moves. It comes from
     the loop itself, so that a blocked loop looks as dead as it is.
@@ -209,7 +222,7 @@ async def publishing(board: Board, path: Path | None) -> AsyncIterator[None]:
     async def beat() -> None:
         while True:
             write()
-            await asyncio.sleep(HEARTBEAT_SECONDS)
+            await asyncio.sleep(min(HEARTBEAT_SECONDS, stale_seconds / 3))
 
     stop_listening = board.listen(changed)
     task = asyncio.create_task(beat(), name="state heartbeat")

@@ -40,7 +40,7 @@ class Report:
 def _failed(model: object) -> object:
     # A model behind a gateway that is gone or hangs cannot be reached, whatever was last said of it.
     if isinstance(model, dict) and model.get("state") != "off":
-        return {**model, "state": "failed"}
+        return {**model, "state": "failed", "status": "failed"}
     return model
 
 

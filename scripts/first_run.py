@@ -3,6 +3,8 @@
 What the environment, `.env` or the models file says stays as it is; only what is missing is added.
 """
 
+import dataclasses
+import itertools
 import json
 import os
 import shlex
@@ -12,18 +14,21 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import MutableMapping
+from collections.abc import Container, Iterable, MutableMapping
 from pathlib import Path
 
-from gateway.environment import load_settings, read_settings
+from gateway.environment import load_settings, models_files_in, read_settings
 from gateway.errors import ConfigError
-from gateway.models.configured.file import read_models_file
+from gateway.models.configured.file import ModelsFile, find_models_file, read_models_file
 from gateway.settings import Settings
-from gateway.stores.keys.file import KeyFile
+from gateway.stores.keys import hashes
+from gateway.stores.keys import io as keyio
+from gateway.stores.keys.file import KeyFile, Line
 from scripts import fetch_llama_server
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
+DEMO = "demo"
 GPUS = ("/dev/nvidia0", "/dev/kfd", "/dev/dxg")
 
 
@@ -65,10 +70,15 @@ def load(environ: MutableMapping[str, str]) -> Settings:
     """The settings as the gateway will see them, those of a models file included."""
     settings = load_settings(environ)
     try:
-        content = read_models_file(settings.config_path).content if settings.config_path else None
-    except ConfigError:
+        if settings.config_path and "CONFIG_PATH" in settings.explicit:
+            found: ModelsFile | None = read_models_file(settings.config_path)
+        else:
+            found, _ = find_models_file(models_files_in(settings.data_dir))
+    except (ConfigError, OSError):
         return settings  # the gateway will say what is wrong
-    return read_settings(environ, file=content)[0] if content else settings
+    if found is None:
+        return dataclasses.replace(settings, config_path=None)
+    return dataclasses.replace(read_settings(environ, file=found.content)[0], config_path=found.path)
 
 
 def names_a_model(settings: Settings) -> bool:
@@ -113,30 +123,41 @@ def demo_model() -> Path:
 
 
 def curl_key(settings: Settings) -> str | None:
-    """What stands for the key in the curl command; makes one if there is none at all. None: no key is asked for."""
+    """What stands for the key in the curl command; makes one if there is none. None: no key is asked for."""
     if not settings.auth_enabled:
         return None
     keys, secret = settings.auth_keys_file.absolute(), settings.data_dir.absolute() / "demo.key"
-    ids = KeyFile(keys.read_bytes()).ids if keys.exists() else []
-    if not ids and not settings.api_key:
-        make_key(keys, secret)
-    elif "demo" not in ids or not secret.exists():
-        say("the curl command below wants one of your keys in CORRAL_API_KEY.")
-        return "$CORRAL_API_KEY"
+    try:
+        lines = KeyFile(keyio.read(keys)[0]).lines if keys.exists() else []
+        usable = [line for line in lines if line.key and not line.key.expired(time.time())]
+        if not opens(secret, usable):
+            ours = secret.exists() and any(line.id == DEMO for line in usable)  # but it has another secret now
+            if settings.api_key or (usable and not ours):
+                say("the curl command below wants one of your keys in CORRAL_API_KEY.")
+                return "$CORRAL_API_KEY"
+            make_key(free_name({line.id for line in lines}), keys, secret)
+    except OSError as problem:
+        mend = "Mend it, or name another file or folder: AUTH_KEYS_FILE=… DATA_DIR=… ./scripts/run"
+        raise CannotRun(f"{problem.filename or keys}: {problem.strerror or problem}. {mend}") from None
     return f"$(cat {shlex.quote(str(secret))})"
 
 
-def make_key(keys: Path, secret: Path) -> None:
-    command: list[str | Path] = [
-        ROOT / ".venv" / "bin" / "corral",
-        "keys",
-        "generate",
-        "--name",
-        "demo",
-        "--file",
-        keys,
-        "--quiet",
-    ]
+def opens(secret: Path, usable: Iterable[Line]) -> bool:
+    """Whether this file has the secret, a generated one, of one of these keys that may chat."""
+    text = secret.read_text(errors="replace").strip() if secret.exists() else ""
+    fast = [line.stored for line in usable if line.key and line.key.has("infer") and not hashes.is_slow(line.stored)]
+    return any(hashes.matches(stored, text) for stored in fast)
+
+
+def free_name(taken: Container[str | None]) -> str:
+    """Lines that are there stay as they are: somebody may use a `demo` that got another secret."""
+    names = itertools.chain([DEMO], (f"{DEMO}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if name not in taken)
+
+
+def make_key(name: str, keys: Path, secret: Path) -> None:
+    command: list[str | Path] = [ROOT / ".venv" / "bin" / "corral", "keys", "generate", "--name", name]
+    command += ["--file", keys, "--quiet"]
     keys.parent.mkdir(parents=True, exist_ok=True)
     secret.parent.mkdir(parents=True, exist_ok=True)
     made = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -145,7 +166,7 @@ def make_key(keys: Path, secret: Path) -> None:
     secret.unlink(missing_ok=True)
     secret.touch(mode=0o600)
     secret.write_text(made.stdout)
-    say(f"made the key `demo` in {keys}; it lies in {secret}")
+    say(f"made the key `{name}` in {keys}; it lies in {secret}")
 
 
 def announce_when_ready(settings: Settings, key: str | None) -> None:

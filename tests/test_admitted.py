@@ -55,9 +55,12 @@ def mirror(claim: Claim, times: list[float], now: float, *, used: int = 0) -> Ow
         ({"concurrency": 2}, [], 5, Limit.NONE, 0),
         # the day's budget
         ({"budget": 100, "tokens": 50}, [0], 1, Limit.NONE, 0),
-        ({"budget": 100, "tokens": 50}, [0, 0], 1, Limit.BUDGET, DAY_SECONDS - 3600),
-        ({"budget": 100, "tokens": 50}, [0], 2, Limit.BUDGET, DAY_SECONDS - 3600),
+        ({"budget": 100, "tokens": 50}, [0, 0], 1, Limit.HELD, 1),
+        ({"budget": 100, "tokens": 50}, [0], 2, Limit.HELD, 1),
         ({"budget": 100, "tokens": 100}, [], 2, Limit.NONE, 0),
+        ({"budget": 100, "tokens": 101}, [], 1, Limit.BUDGET, DAY_SECONDS - 3600),
+        # of what passes in a minute and what passes when one ends, the minute is told
+        ({"rpm": 2, "budget": 100, "tokens": 50}, [0, 7], 1, Limit.REQUESTS, 50),
     ],
 )
 def test_decisions(limits: dict[str, int], times: list[float], gateways: int, limit: Limit, wait: float | None) -> None:
@@ -73,6 +76,36 @@ def test_a_budget_counts_what_redis_has_said(used: int, tokens: int, passes: boo
     claim = Claim("key", budget=100, tokens=tokens)
     standing = alone(claim, mirror(claim, [], 10.0, used=used), 2, 10.0, WALL)
     assert standing.limit is (Limit.NONE if passes else Limit.BUDGET)
+
+
+@pytest.mark.parametrize(("alone_used", "limit"), [(0, Limit.HELD), (50, Limit.HELD), (51, Limit.BUDGET)])
+def test_what_runs_may_give_back_and_what_was_used_may_not(alone_used: int, limit: Limit) -> None:
+    claim = Claim("key", budget=200, tokens=50)
+    own = mirror(claim, [0.0, 0.0], 10.0)
+    own.alone = alone_used
+    error = alone(claim, own, 2, 10.0, WALL).refusal(claim)
+    assert alone(claim, own, 2, 10.0, WALL).limit is limit
+    assert (error.code, error.headers().get("x-should-retry")) == (
+        ("concurrency_exceeded", None) if limit is Limit.HELD else ("insufficient_quota", "false")
+    )
+
+
+@pytest.mark.parametrize(
+    ("limits", "times", "gateways", "remaining"),
+    [
+        ({"rpm": 30}, [], 2, "14"),
+        ({"rpm": 30}, [0] * 14, 2, "0"),
+        ({"rpm": 30}, [0] * 15, 2, "0"),  # it is refused
+        ({"rpm": 30}, [0] * 29, 2, "0"),  # with Redis it had let in more than its share
+        ({"rpm": 30}, [0] * 14, 1, "15"),
+    ],
+)
+def test_what_remains_is_what_still_passes_here(
+    limits: dict[str, int], times: list[float], gateways: int, remaining: str
+) -> None:
+    claim = Claim("key", **limits)
+    told = dict(alone(claim, mirror(claim, times, 10.0), gateways, 10.0, WALL).headers(claim))
+    assert (told["x-ratelimit-limit-requests"], told["x-ratelimit-remaining-requests"]) == ("30", remaining)
 
 
 def test_a_new_day_begins_with_nothing_used() -> None:

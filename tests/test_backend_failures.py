@@ -8,7 +8,8 @@ import json
 import pytest
 
 from gateway.errors import BackendError, BackendGone, BackendTimeout
-from gateway.refusals import translate_error, translate_event
+from gateway.pipeline.forward import MAX_ERROR_BYTES
+from gateway.refusals import MAX_MESSAGE, translate_error, translate_event
 from tests.backend_kit import Turn, ask, chunked, connected, deaf_port, http, talking
 from tests.fake_llama import FakeLlama
 from tests.house import free_port, soon
@@ -149,6 +150,17 @@ async def test_an_answer_longer_than_the_bound_is_refused_and_its_connection_clo
         assert not backend._all
 
 
+async def test_of_an_error_that_is_too_long_its_beginning_is_read() -> None:
+    async def answer(turn: Turn) -> None:
+        await turn.say(http(b"y" * 1000 + b"x"))
+
+    async with talking(answer) as (_, backend):
+        assert await (await backend.request("POST", "/x")).beginning(1001) == b"y" * 1000 + b"x"
+        assert backend._all
+        assert await (await backend.request("POST", "/x")).beginning(1000) == b"y" * 1000
+        assert not backend._all
+
+
 # --- errors that llama-server itself reports
 
 
@@ -195,6 +207,38 @@ def test_llama_servers_errors_become_ours(status: int, body: bytes, becomes: int
     assert message in shown["message"]
     assert (shown["type"] == "invalid_request_error") is (400 <= becomes < 500)
     assert ("Retry-After" in error.headers()) is (becomes == 503)
+
+
+QUOTED = "[json.exception.out_of_range.406] number overflow parsing "
+
+
+@pytest.mark.parametrize("text", ["1" * 70_000, 'é"\\漢' * 9_000, "\0" * 20_000], ids=["digits", "escapes", "zeros"])
+@pytest.mark.parametrize("status", [400, 500])
+def test_what_llama_server_quotes_is_cut(status: int, text: str) -> None:
+    body = said(QUOTED + text)
+    for cut in (MAX_ERROR_BYTES, *range(3000, 3030), len(body)):
+        error = translate_error(status, body[:cut])
+        assert (error.status, error.code) == (400, "invalid_request")
+        if cut < 3000 + 30 and len(error.message) < MAX_MESSAGE:
+            assert error.message == (QUOTED + text)[: len(error.message)]
+        else:
+            assert len(error.message) == MAX_MESSAGE
+            assert error.message == (QUOTED + text)[: MAX_MESSAGE - 1] + "…"
+
+
+def test_a_failure_of_its_own_stays_one_if_it_is_long() -> None:
+    assert translate_error(500, said("Compute error: " + "x" * 100_000)[:MAX_ERROR_BYTES]).status == 502
+
+
+@pytest.mark.parametrize(
+    ("told", "becomes"),
+    [(None, "1"), ("7", "7"), ("0", "1"), ("3600", "60"), ("Wed, 21 Oct 2015 07:28:00 GMT", "1"), ("9" * 5000, "1")],
+)
+@pytest.mark.parametrize("body", [said("slow down", "rate_limit_error", 429), b"<html>"])
+def test_a_backend_that_limits(body: bytes, told: str | None, becomes: str) -> None:
+    error = translate_error(429, body, told)
+    assert (error.status, error.code, error.type) == (429, "rate_limit_exceeded", "rate_limit_error")
+    assert error.headers()["Retry-After"] == becomes
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ async def test_a_hit_takes_no_tokens_from_the_limits() -> None:
     await house.ask(house.go())
     hit = (await house.seat(greedy())).claim(claim)
     assert (hit.caller, hit.rpm, hit.concurrency) == ("k", 10, 2)
-    assert (hit.tpm, hit.budget, hit.tokens) == (0, 0, 0)
+    assert (hit.tpm, hit.budget, hit.tokens) == (100, 0, 0), "it is told how many remain"
 
 
 async def test_those_that_come_meanwhile_share_the_flight() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,13 @@ LEVELS: list[tuple[str, ...]] = [
 ]
 
 
-def corral(*argv: str, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own, with nothing of our environment."""
+def corral(
+    *argv: str, folder: Path = ROOT, humble: bool = False, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, with nothing of our environment, and without root's rights to any file if `humble`."""
     command = [sys.executable, "-m", "gateway", *argv]
+    if humble and os.geteuid() == 0:
+        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all", *command]
     environment = {"PYTHONPATH": str(ROOT), "COLUMNS": "100", **environment}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
@@ -120,6 +125,36 @@ def test_a_wrong_variable_is_no_wrong_usage(tmp_path: Path) -> None:
     assert not corral("keys", "list", "--file", "k", folder=tmp_path, PORT="none").returncode, "it needs no settings"
 
 
+@pytest.fixture
+def closed(tmp_path: Path) -> Iterator[Path]:
+    """A folder that its owner may not look into, not even root."""
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0)
+    yield folder
+    folder.chmod(0o700)
+
+
+COMMANDS = ["keys list", "config check", "serve", "logs", "worker nats", "models list"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_data_folder_that_cannot_be_looked_into_is_one_line(command: str, closed: Path, tmp_path: Path) -> None:
+    for folder, why in ((closed, "Permission denied"), (tmp_path / ("a" * 300), "File name too long")):
+        done = corral(
+            *command.split(), folder=tmp_path, humble=True, DATA_DIR=str(folder), LLAMA_URL="http://127.0.0.1:1"
+        )
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+        assert done.stderr.removeprefix("corral: ").startswith("DATA_DIR='/") and done.stderr.endswith(f"{why}\n")
+
+
+@pytest.mark.parametrize("name", ["MODEL_PATH", "CONFIG_PATH", "MODELS_DIR"])
+def test_a_path_that_cannot_be_looked_at_is_one_line(name: str, closed: Path, tmp_path: Path) -> None:
+    where = {"DATA_DIR": str(tmp_path / "data"), "LLAMA_SERVER_PATH": "/bin/true", name: str(closed / "x.gguf")}
+    done = corral("config", "check", folder=tmp_path, humble=True, **where)
+    assert (done.returncode, done.stdout) == (1, "") and "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if str(closed) in line]) == 1
+
+
 def test_env_files_and_variables_say_which_keys_file(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("DATA_DIR=here\n")
     assert corral("keys", "generate", "--name", "a", folder=tmp_path).returncode == 0
@@ -138,3 +173,41 @@ def test_a_reader_who_has_left_is_no_traceback(tmp_path: Path) -> None:
             command, cwd=tmp_path, env=environment, stdout=nobody, stderr=subprocess.PIPE, check=False
         )
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+def redirected(redirection: str, *argv: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """With what a shell makes of its standard streams."""
+    command = ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-m", "gateway", *argv]
+    environment = {"PYTHONPATH": str(ROOT), "DATA_DIR": str(folder)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("redirection", [">&-", ">/dev/full"])
+@pytest.mark.parametrize("words", ["keys list --json --quiet", "config check good.yaml"])
+def test_output_that_cannot_be_written_is_told_in_one_line(tmp_path: Path, words: str, redirection: str) -> None:
+    (tmp_path / "good.yaml").write_text("models:\n  far: {url: 'http://127.0.0.1:9'}\n")
+    done = redirected(redirection, *words.split(), folder=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith("corral: nothing more can be shown (")
+
+
+def test_a_closed_stderr_does_not_end_up_in_stdout(tmp_path: Path) -> None:
+    done = redirected("2>&-", "keys", "generate", "--name", "a", folder=tmp_path)
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1)
+    assert done.stdout.startswith("sk-a-")
+
+
+@pytest.mark.parametrize("redirection", [">&-", ">/dev/full"])
+def test_a_key_that_could_not_be_shown_is_told_to_be_stored(tmp_path: Path, redirection: str) -> None:
+    for words in (["keys", "generate", "--name", "a"], ["keys", "rotate", "--name", "a"]):
+        done = redirected(redirection, *words, folder=tmp_path)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert f"key 'a' is in {tmp_path / 'api_keys.txt'}, but could not be shown (" in done.stderr
+        assert done.stderr.endswith("corral keys rotate --name a\n")
+
+
+@pytest.mark.parametrize("words", ["keys check -", "keys generate --name a --secret -"])
+def test_a_closed_stdin_is_told_in_one_line(tmp_path: Path, words: str) -> None:
+    done = redirected("<&-", *words.split(), folder=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith("corral keys: stdin is closed")

@@ -102,20 +102,6 @@ def test_asking_for_a_stream() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dialect", "fields", "sent"),
-    [
-        (N, ["content"], ["content", "stop"]),
-        (N, ["stop", "content"], ["stop", "content"]),
-        (N, [], []),
-        (N, "content", "content"),
-        (T, ["content"], ["content"]),
-    ],
-)
-def test_a_stream_keeps_its_terminator(dialect: Dialect, fields: Any, sent: Any) -> None:
-    assert dialect.keep_terminator({"response_fields": fields, "stream": True})["response_fields"] == sent
-
-
-@pytest.mark.parametrize(
     ("dialect", "request_", "assembles"),
     [
         (C, {"messages": [{"role": "user"}]}, True),

@@ -107,7 +107,7 @@ async def test_what_is_stored_and_what_is_inline_meet_the_same_bounds(grammar: s
         def identity(self) -> str | None:
             return "x"
 
-        async def test(self, text: str) -> None:
+        async def test(self, text: str, caller: str = "") -> None:
             raise AssertionError("it must not come so far")
 
     with pytest.raises(BadRequest) as inline:
@@ -123,7 +123,7 @@ async def test_what_has_no_rule_is_not_stored() -> None:
         def identity(self) -> str | None:
             return None
 
-        async def test(self, text: str) -> None:
+        async def test(self, text: str, caller: str = "") -> None:
             raise CorralError("not reached")
 
     with pytest.raises(BadRequest, match="is no grammar"):

@@ -11,7 +11,6 @@ from gateway import errors
 from gateway.errors import BackendError, CorralError, RateLimitExceeded, ShuttingDown
 from gateway.models.subjects import collisions, subject_name
 from gateway.workers.jobs import (
-    MOST_VANISHED,
     Attempts,
     Cancelled,
     Kind,
@@ -115,28 +114,37 @@ def after(failures: int = 0, returned: int = 0) -> Attempts:
     return attempts
 
 
+SILENCE = "without a word from who had it: a worker that vanished, most often"
+
+
 @pytest.mark.parametrize(
-    ("attempts", "deliveries", "age", "reason"),
+    ("attempts", "ended", "reason"),
     [
-        (after(), 1, 0.0, None),  # new
-        (after(), 1, 9e9, None),  # it lay there for long
-        (after(failures=2), 3, 1.0, None),
-        (after(failures=3), 4, 9.0, "failed 3 times, at last with backend_error: it died"),
-        (after(returned=500), 501, 9.0, None),  # nobody's fault
-        (after(returned=5, failures=2), 8, 9.0, None),
-        (after(), 4, 90.0, None),  # three workers vanished under it, one each 30 s
-        (after(), 4, 1.0, "was refused 3 times by others than Corral"),  # so fast no worker vanishes
-        (after(), 4, 35.0, None),  # one vanished, two refused it
-        (after(failures=2), 4, 1.0, "failed 2 times, at last with backend_error: it died and was refused 1 times"),
-        (after(), MOST_VANISHED, 1e4, None),
-        (after(), MOST_VANISHED + 1, 1e4, f"{MOST_VANISHED} workers vanished while they had this job"),
-        (after(failures=2, returned=3), 3, 1.0, None),  # what was written down of a delivery that never came
-        (after(), 4, -50.0, "was refused 3 times by others than Corral"),  # our clock is behind
+        (after(), 0, None),  # new
+        (after(failures=2), 2, None),
+        (after(failures=3), 3, "failed 3 times, at last with backend_error: it died"),
+        (after(returned=500), 500, None),  # nobody's fault
+        (after(returned=5, failures=2), 7, None),
+        (after(), 2, None),
+        (after(), 3, f"was delivered 3 times {SILENCE}"),
+        (after(), 9, f"was delivered 9 times {SILENCE}"),
+        (after(failures=1), 2, None),
+        (
+            after(failures=2),
+            3,
+            f"failed 2 times, at last with backend_error: it died; was delivered once {SILENCE}",
+        ),
+        (after(failures=1, returned=4), 6, None),
+        (
+            after(failures=1, returned=4),
+            7,
+            f"failed once, at last with backend_error: it died; was delivered 2 times {SILENCE}",
+        ),
+        (after(failures=2, returned=3), 2, None),  # what was written down of a delivery that never came
     ],
 )
-def test_when_a_job_is_given_up(attempts: Attempts, deliveries: int, age: float, reason: str | None) -> None:
-    told = given_up(attempts, deliveries, age, ack_wait=30.0)
-    assert told == reason or (told is not None and reason is not None and told.startswith(reason))
+def test_when_a_job_is_given_up(attempts: Attempts, ended: int, reason: str | None) -> None:
+    assert given_up(attempts, ended) == reason
 
 
 def test_what_is_written_down_can_be_read_again() -> None:

@@ -273,6 +273,8 @@ def test_what_a_key_may_do() -> None:
 def test_times() -> None:
     assert format_time(NEW_YEAR) == "2027-01-01T00:00:00Z"
     assert parse_time("2027-01-01T00:00:00") == parse_time("2027-01-01T01:00:00+01:00") == NEW_YEAR
+    assert parse_time("2027-01-01T00:00:00z") == parse_time("2027-01-01t00:00:00Z") == NEW_YEAR
+    assert parse_line(f"alice:{S}:60:2027-01-01T00:00:00z").key == Key("alice", rpm=60, expires=NEW_YEAR)
 
 
 def test_the_example_file_holds_no_key_and_true_examples() -> None:

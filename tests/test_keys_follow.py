@@ -104,6 +104,45 @@ def test_a_file_without_our_lock_half_written_revokes_nobody(path: Path) -> None
     assert ring.lookup(CHOSEN)
 
 
+def test_a_file_that_was_truncated_long_before_it_is_written_revokes_nobody(path: Path) -> None:
+    write(path, f"alice:{PLAIN}\n")
+    ring = KeyRing(path)
+    write(path, "")
+    for _ in range(keys.EMPTY_LOOKS):
+        assert ring.poll() is None
+    write(path, f"alice:{PLAIN}\nbo")
+    assert ring.poll() is None
+    write(path, f"alice:{PLAIN}\nbob:{RANDOM}\n")
+    assert ring.poll() is None
+    assert ring.poll() == ReloadReport(2, [])
+    assert keys.POLL_SECONDS + (keys.EMPTY_LOOKS + 1) * keys.SETTLE_SECONDS <= 2, "an emptied file counts in time, too"
+
+
+def test_a_mounted_file_that_was_replaced_outside_is_told_once(path: Path) -> None:
+    """A mount holds the old file, which is in no folder any more; so does the descriptor of a file."""
+    write(path, f"alice:{PLAIN}\n")
+    with path.open() as held:
+        mounted = Path(f"/proc/self/fd/{held.fileno()}")
+        ring = KeyRing(mounted)
+        assert ring.report == ReloadReport(1, [])
+        heard: list[ReloadReport] = []
+        ring.subscribe(heard.append)
+        replace(path, "")
+        for _ in range(4):
+            ring.poll()
+        assert [report.loaded for report in heard] == [1]
+        assert str(mounted) in heard[0].problems[0]
+        assert "mount its folder instead" in heard[0].problems[0]
+        assert ring.lookup(PLAIN)
+
+
+def test_a_file_replaced_while_it_is_read_is_not_cut_off(path: Path) -> None:
+    write(path, f"alice:{PLAIN}\n")
+    with path.open() as held:
+        replace(path, "")
+        assert not keyio.is_cut_off(path, keyio.signature(os.fstat(held.fileno())))
+
+
 def test_a_file_that_never_rests_is_read_all_the_same(path: Path) -> None:
     write(path, "")
     ring = KeyRing(path)
@@ -123,7 +162,7 @@ def test_a_file_half_written_under_the_lock_revokes_nobody(path: Path, monkeypat
     with path.open("r+b") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         held.truncate(0)
-        for _ in range(5):
+        for _ in range(keys.EMPTY_LOOKS + 3):
             ring.poll()
             assert ring.lookup(PLAIN)
         assert [report.loaded for report in heard] == [1]
@@ -153,7 +192,7 @@ def test_a_file_that_goes_away_or_cannot_be_read_leaves_the_keys_in_force(path: 
     assert "line 2" in heard[1].problems[1]
     path.rmdir()
     write(path, "")
-    for _ in range(3):
+    for _ in range(keys.EMPTY_LOOKS + 1):
         ring.poll()
     assert ring.lookup(PLAIN) is None
     assert ring.report == ReloadReport(0, [])
@@ -225,6 +264,8 @@ async def test_watching_sees_every_kind_of_change_within_two_seconds(path: Path)
         for change, text, loaded in (
             (write, f"alice:{PLAIN}\n", 1),
             (replace, f"alice:{PLAIN}\nbob:{RANDOM}\n", 2),
+            (write, f"bob:{RANDOM}\n", 1),
+            (write, "", 0),
             (write, f"bob:{RANDOM}\n", 1),
         ):
             change(path, text)

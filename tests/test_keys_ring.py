@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from gateway.errors import ExpiredKey, InvalidKey, MissingKey, RateLimitExceeded
-from gateway.stores.keys import hashes
-from gateway.stores.keys import ring as keys
+from gateway.stores.keys import hashes, verify
 from gateway.stores.keys.failures import Failures
 from gateway.stores.keys.file import format_time
 from gateway.stores.keys.ring import Key, KeyRing, ReloadReport, RingView, presented
@@ -200,6 +199,16 @@ async def test_a_slow_hash_is_computed_once_for_all_who_wait(path: Path, monkeyp
     ring.close()
 
 
+async def test_a_hash_whose_secret_is_in_use_is_tried_last(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = [f"{CHOSEN}-{number}" for number in range(5)]
+    write(path, "".join(f"user:{slow(secret)}\n" for secret in secrets))
+    made = count_slow(monkeypatch)
+    ring = KeyRing(path)
+    await asyncio.gather(*[ring.authenticate(secret, HERE) for secret in secrets])
+    assert made == secrets
+    ring.close()
+
+
 async def test_a_wrong_secret_costs_a_slow_hash_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(path, f"carol:{slow(CHOSEN)}\n")
     made = count_slow(monkeypatch)
@@ -214,53 +223,120 @@ async def test_a_wrong_secret_costs_a_slow_hash_once(path: Path, monkeypatch: py
 async def test_failures_are_throttled_and_nothing_else_is(
     path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(path, f"alice:{PLAIN}\nbob:{hashes.fast_hash(RANDOM)}\ncarol:{slow(CHOSEN)}\ndave:{slow(CHOSEN + '2')}\n")
-    made = count_slow(monkeypatch)
+    write(path, f"alice:{PLAIN}\nbob:{hashes.fast_hash(RANDOM)}\ncarol:{slow(CHOSEN)}\n")
+    monkeypatch.setattr(verify, "REST_SECONDS", 0.01)
     ring = KeyRing(path, now=clock, failures=Failures(burst=3, per=60))
-    await ring.authenticate(CHOSEN, HERE)
     for number in range(3):
         with pytest.raises(InvalidKey):
             await ring.authenticate(f"wrong-secret-{number}-0123456789", HERE)
-    made.clear()
-    with pytest.raises(RateLimitExceeded) as caught:
-        await ring.authenticate("wrong-secret-x-0123456789", HERE)
-    assert caught.value.headers()["Retry-After"] == "20"
-    with pytest.raises(RateLimitExceeded):
-        await ring.authenticate(CHOSEN + "2", HERE)  # right, but not known yet, and too dear to find out
-    assert made == []
+    for wrong in ("wrong-secret-0-0123456789", "wrong-secret-x-0123456789"):
+        with pytest.raises(RateLimitExceeded) as caught:
+            await ring.authenticate(wrong, HERE)
+        assert caught.value.headers()["Retry-After"] == "20"
     for secret, key_id in ((PLAIN, "alice"), (RANDOM, "bob"), (CHOSEN, "carol")):
-        assert (await ring.authenticate(secret, HERE)).id == key_id
-    assert (await ring.authenticate(CHOSEN + "2", "192.0.2.2")).id == "dave"
+        assert (await ring.authenticate(secret, HERE)).id == key_id, "right, though it was never used"
     clock.time += 20
     with pytest.raises(InvalidKey):
         await ring.authenticate("wrong-secret-x-0123456789", HERE)
     ring.close()
 
 
-async def test_guesses_sent_at_once_are_not_all_computed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_right_keys_are_never_charged_however_many_come_at_once(path: Path) -> None:
+    secrets = [f"{CHOSEN}-{number}" for number in range(25)]
+    write(path, "".join(f"user{number}:{slow(secret)}\n" for number, secret in enumerate(secrets)))
+    failures = Failures(burst=3)
+    ring = KeyRing(path, failures=failures)
+    asked = [ring.authenticate(secret, HERE) for secret in [*secrets, *[secrets[0]] * 40]]
+    assert [key.id for key in await asyncio.gather(*asked)] == [f"user{n}" for n in range(25)] + ["user0"] * 40
+    assert len(failures) == 0
+    ring.close()
+
+
+async def test_a_wrong_key_is_charged_to_everyone_who_brought_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(path, f"carol:{slow(CHOSEN)}\n")
     made = count_slow(monkeypatch)
     ring = KeyRing(path, failures=Failures(burst=5))
-    guesses = [ring.authenticate(f"wrong-secret-{number}-0123456789", HERE) for number in range(50)]
-    results = await asyncio.gather(*guesses, return_exceptions=True)
-    assert [type(result) for result in results] == [InvalidKey] * 5 + [RateLimitExceeded] * 45
-    assert len(made) == 5
+    asked = [ring.authenticate("wrong-secret-0123456789", HERE) for _ in range(40)]
+    results = await asyncio.gather(*asked, return_exceptions=True)
+    assert [type(result) for result in results] == [InvalidKey] * 5 + [RateLimitExceeded] * 35
+    assert len(made) == 1
+    ring.close()
+
+
+class Hashing:
+    """Slow comparisons that tell when they begin, and end when they are let."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun: asyncio.Queue[str] = asyncio.Queue()
+        self.gate = threading.Event()
+        loop, real = asyncio.get_running_loop(), hashes.matches
+
+        def matches(stored: str, secret: str) -> bool:
+            loop.call_soon_threadsafe(self.begun.put_nowait, secret)
+            self.gate.wait(5)
+            return real(stored, secret)
+
+        monkeypatch.setattr(hashes, "matches", matches)
+
+
+def guesses(ring: KeyRing, count: int, address: str = HERE) -> list[asyncio.Task[Key]]:
+    return [
+        asyncio.create_task(ring.authenticate(f"wrong-secret-{number}-of-{address}", address))
+        for number in range(count)
+    ]
+
+
+async def test_an_address_is_hashed_for_one_at_a_time_and_holds_no_other_up(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(path, f"carol:{slow(CHOSEN)}\n")
+    hashing = Hashing(monkeypatch)
+    ring = KeyRing(path, failures=Failures(burst=5))
+    asked = guesses(ring, 20)
+    first = await hashing.begun.get()
+    right = asyncio.create_task(ring.authenticate(CHOSEN, "192.0.2.2"))
+    assert (first, await hashing.begun.get()) == (f"wrong-secret-0-of-{HERE}", CHOSEN)
+    for task in asked[:10]:
+        task.cancel()  # leaving gets nobody a second thread
+    await asyncio.sleep(0)
+    assert hashing.begun.empty()
+    hashing.gate.set()
+    assert await right == Key("carol")
+    ring.close()
+
+
+async def test_guesses_of_a_throttled_address_are_paced(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(path, f"carol:{slow(CHOSEN)}\n")
+    made = count_slow(monkeypatch)
+    monkeypatch.setattr(verify, "REST_SECONDS", 3600)
+    ring = KeyRing(path, failures=Failures(burst=3))
+    asked = guesses(ring, 20)
+    done, waiting = set[asyncio.Task[Key]](), set(asked)
+    while len(done) < 4:
+        some, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        done |= some
+    assert (await ring.authenticate(CHOSEN, "192.0.2.2")).id == "carol"
+    assert len(made) == 4 + 1
+    ring.close()
+    left = await asyncio.gather(*waiting, return_exceptions=True)
+    assert {type(result) for result in left} == {asyncio.CancelledError}
+
+
+async def test_only_so_many_of_an_address_wait(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(path, f"carol:{slow(CHOSEN)}\n")
+    monkeypatch.setattr(verify, "MAX_WAITING", 4)
+    ring = KeyRing(path)
+    results = await asyncio.gather(*guesses(ring, 6), return_exceptions=True)
+    assert [type(result) for result in results] == [InvalidKey] * 4 + [RateLimitExceeded] * 2
     ring.close()
 
 
 async def test_hashing_is_bounded_over_all_addresses(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(path, f"carol:{slow(CHOSEN)}\n")
-    gate = threading.Event()
-    count_slow(monkeypatch, gate)
-    monkeypatch.setattr(keys, "MAX_VERIFYING", 4)
+    monkeypatch.setattr(verify, "MAX_ADDRESSES", 4)
     ring = KeyRing(path)
-    guesses = [
-        asyncio.create_task(ring.authenticate(f"wrong-secret-{number}-0123456789", f"192.0.2.{number}"))
-        for number in range(6)
-    ]
-    await asyncio.sleep(0)
-    gate.set()
-    results = await asyncio.gather(*guesses, return_exceptions=True)
+    asked = [guesses(ring, 1, f"192.0.2.{number}")[0] for number in range(6)]
+    results = await asyncio.gather(*asked, return_exceptions=True)
     assert [type(result) for result in results] == [InvalidKey] * 4 + [RateLimitExceeded] * 2
     ring.close()
 
@@ -277,9 +353,9 @@ def test_memory_of_failures_is_bounded_and_counts_a_customer_not_an_address() ->
     for address in ("::ffff:192.0.2.9", "192.0.2.9"):
         assert failures.charge(address, 0.0) == 0
     assert failures.charge("192.0.2.9", 15.0) == pytest.approx(15)
+    assert failures.wait("192.0.2.9", 30.0) == 0
     assert failures.charge("192.0.2.9", 30.0) == 0
-    failures.refund("192.0.2.9", 30.0)
-    assert failures.charge("192.0.2.9", 30.0) == 0
+    assert failures.wait("192.0.2.9", 30.0) == pytest.approx(30)
     assert failures.charge("unix:", 0.0) == 0
 
 

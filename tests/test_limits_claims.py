@@ -98,10 +98,10 @@ def test_a_lease_ends_with_its_reservation_at_the_latest() -> None:
 def test_a_days_budget_and_the_true_time_until_the_next() -> None:
     house = House(wall=1000 * DAY_SECONDS + 3600)
     first = house.limits.reserve(claim(600, budget=1000))
-    error = house.refused(claim(500, budget=1000))
+    first.settle(200)
+    error = house.refused(claim(801, budget=1000))
     assert isinstance(error, InsufficientQuota)
     assert error.headers() == {"Retry-After": str(23 * 3600), "x-should-retry": "false"}
-    first.settle(200)
     second = house.limits.reserve(claim(800, budget=1000))
     house.wall.now += 23 * 3600  # midnight
     fresh = house.limits.reserve(claim(1000, budget=1000))
@@ -111,9 +111,31 @@ def test_a_days_budget_and_the_true_time_until_the_next() -> None:
     house.limits.reserve(claim(1000, budget=1000)).refund()
 
 
+def test_what_only_running_requests_hold_of_a_day_is_worth_a_short_wait() -> None:
+    house = House()
+    first = house.limits.reserve(claim(1800, budget=2000))
+    error = house.refused(claim(300, budget=2000))
+    assert isinstance(error, ConcurrencyExceeded)
+    assert error.headers() == {"retry-after-ms": "1000", "Retry-After": "1"}
+    house.clock.now = 20
+    first.settle(1700)
+    second = house.limits.reserve(claim(300, budget=2000))
+    assert house.refused(claim(0, budget=2000)).retry_after == pytest.approx(4.8)  # as such leases last
+    assert isinstance(house.refused(claim(301, budget=2000)), InsufficientQuota)
+    second.settle(300)
+    assert isinstance(house.refused(claim(0, budget=2000)), InsufficientQuota)
+
+
+def test_a_full_minute_is_told_before_what_running_requests_hold() -> None:
+    house = House()
+    running = house.limits.reserve(claim(60, rpm=1, budget=100))
+    assert isinstance(house.refused(claim(60, rpm=1, budget=100)), RateLimitExceeded)
+    running.refund()
+
+
 def test_who_is_out_of_budget_is_told_how_the_other_limits_stand() -> None:
     house = House()
-    house.limits.reserve(claim(60, rpm=5, tpm=100, budget=100))
+    house.limits.reserve(claim(60, rpm=5, tpm=100, budget=100)).settle(60)
     error = house.refused(claim(50, rpm=5, tpm=100, budget=100))
     assert isinstance(error, InsufficientQuota)
     told = error.headers()
@@ -138,7 +160,8 @@ FULL = [
     ({"rpm": 1}, RateLimitExceeded),
     ({"tpm": 100}, TokensExceeded),
     ({"concurrency": 1}, ConcurrencyExceeded),
-    ({"budget": 100}, InsufficientQuota),
+    ({"budget": 100}, ConcurrencyExceeded),
+    ({"budget": 50}, InsufficientQuota),
 ]
 
 
@@ -146,7 +169,7 @@ FULL = [
 def test_what_one_limit_refuses_costs_nothing_on_the_others(full: dict[str, int], error: type[Exception]) -> None:
     house = House()
     wide = {"rpm": 9, "tpm": 900, "concurrency": 9, "budget": 900}
-    held = house.limits.reserve(claim(60, **(wide | full)))
+    held = house.limits.reserve(claim(60, **wide))
     for _ in range(20):
         assert isinstance(house.refused(claim(60, **(wide | full))), error)
     held.refund()
@@ -154,6 +177,28 @@ def test_what_one_limit_refuses_costs_nothing_on_the_others(full: dict[str, int]
     told = dict(left.headers())
     assert told["x-ratelimit-remaining-requests"] == "8" and told["x-ratelimit-remaining-tokens"] == "840"
     assert house.store.load("a", 1000) == 0
+
+
+def test_what_takes_no_tokens_passes_where_none_are_left() -> None:
+    house = House()
+    assert dict(house.limits.reserve(claim(0, tpm=100)).headers())["x-ratelimit-reset-tokens"] == "0s"
+    house.limits.reserve(claim(100, tpm=100)).settle(150)
+    assert isinstance(house.refused(claim(1, tpm=100)), TokensExceeded)
+    hit = house.limits.reserve(claim(0, tpm=100))
+    assert dict(hit.headers())["x-ratelimit-remaining-tokens"] == "0"
+    hit.settle(0)
+
+
+def test_a_refund_long_after_tells_how_it_stands_by_then() -> None:
+    house = House()
+    house.limits.reserve(claim(60, rpm=5, tpm=100)).settle(60)
+    house.clock.now = 1
+    late = house.limits.reserve(claim(40, rpm=5, tpm=100))
+    house.clock.now = 60.5
+    late.refund()
+    told = dict(late.headers())
+    assert (told["x-ratelimit-remaining-requests"], told["x-ratelimit-remaining-tokens"]) == ("5", "100")
+    assert told["x-ratelimit-reset-tokens"] == "0s"
 
 
 def test_of_two_full_windows_the_longer_wait_is_told() -> None:

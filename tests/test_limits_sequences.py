@@ -57,14 +57,15 @@ class Oracle:
         return own + sum(known.surplus for known in self.of(who) if known.surplus_at > at - WINDOW)
 
     def expected(self, who: str, tokens: int) -> type[Exception] | None:
-        spent = sum(known.tokens if known.held else known.used for known in self.of(who))
-        if spent + tokens > BUDGET or spent >= BUDGET:
+        used = sum(known.used for known in self.of(who) if not known.held)
+        if used + tokens > BUDGET or used >= BUDGET:
             return InsufficientQuota
         if tokens > TPM:
             return TokensExceeded
         if self.requests(who, self.now) >= RPM or self.tokens(who, self.now) + tokens > TPM:
             return RateLimitExceeded
-        if sum(known.held for known in self.of(who)) >= CONCURRENCY:
+        running = [known.tokens for known in self.of(who) if known.held]
+        if len(running) >= CONCURRENCY or used + sum(running) + tokens > BUDGET:
             return ConcurrencyExceeded
         return None
 

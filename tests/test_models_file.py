@@ -18,6 +18,7 @@ from gateway.environment import read_settings
 from gateway.errors import ConfigError
 from gateway.models.configured.file import read_models_file
 from gateway.models.registry import build_registry
+from gateway.runtime.configuration import check_configuration
 from gateway.settings import Settings
 from tests.models_file_kit import Place, place
 from tests.test_settings_sources import tree
@@ -47,7 +48,7 @@ REMOTE = {"models": {"m": {"url": "http://h:1"}}}
     ],
 )
 def test_a_file_that_cannot_be_read_at_all(place: Place, text: str, problem: str) -> None:
-    (said,) = place.problems(text)
+    (said,) = place.problems(text, CONFIG_PATH=str(place.folder / "config.yaml"))
     assert problem in said
 
 
@@ -151,7 +152,17 @@ def test_keys_are_text_even_where_YAML_makes_them_numbers(place: Place) -> None:
         ("system.default_model", "mm", ": 'mm' is no model; did you mean 'm'?"),
         ("system.gpu_devices", [-1], ": must be a list of device numbers such as [0, 1], not a list"),
         ("system.gpu_devices", 0, ": must be a list of device numbers such as [0, 1], not 0"),
-        ("system.use_mmap", "no", ": is not known; "),
+        ("system.use_mmap", "no", ": must be true or false, not 'no'"),
+        ("system.flash_attention", "maybe", ": must be on, off or auto, not 'maybe'"),
+        ("system.flash_atention", "on", ": is not known; did you mean system.flash_attention?"),
+        ("system.parallel_requests", 0, "='0': must be a whole number from 1 to 256"),
+        ("system.parallel_requests", [1], ": must be a number, not a list"),
+        ("api.rate_limit", {"requests_per_minute": -1}, ".requests_per_minute='-1': must be a whole number from 0 to"),
+        ("api.rate_limit", {"redis_url": "x"}, ".redis_url=…: must be redis://"),
+        ("rate_limit", {"redis_url": "x"}, ".redis_url=…: must be redis://"),
+        ("redis.url", "x", "=…: must be redis://"),
+        ("api.cors_origins", ["x"], "='x': must be * or scheme://host[:port] without a path"),
+        ("api.host", "300.1.1.1", "='300.1.1.1': must be an address or a name"),
         ("system.flags", 5, ": is not known; there are "),
         ("redis.enable_cache", 5, ": must be true or false, not a number"),
         ("rate_limit.requests_per_minute", -1, "='-1': must be a whole number from 0 to 10000000"),
@@ -183,8 +194,8 @@ def test_all_mistakes_are_told_at_once(place: Place, monkeypatch: pytest.MonkeyP
         "system.queue_timeout_sec='z': must be a number from 0.001 to 86400",
         "apo: is not known; did you mean api?",
         "system.vram_multiplier: must be a number from 1 to 10, not 0",
-        "models.a.url: must begin with http:// or https://",
-        "models.b.slots: must be a whole number of at least 1, not 0",
+        "models.a.url: must begin with http:// or https:// and a host; a port must be from 1 to 65535",
+        "models.b.slots: must be a whole number from 1 to 4096, not 0",
         "models.a.aliases: 'b' is the id of another model",
         "system.default_model: 'x' is no model; there are: a, b",
         "system.preload_models: 'y' is no model; there are: a, b",
@@ -286,6 +297,48 @@ def test_a_file_without_models_leaves_it_to_the_folder(place: Place) -> None:
     place.files("b.gguf")
     registry = place.registry({"system": {"preload_models": ["b"], "default_model": "a"}}, CONFIG_PATH="config.yaml")
     assert (registry.single, registry.preload, registry.default) == (False, ("b",), "a")
+
+
+def test_a_program_in_the_file_that_is_not_there_is_told_by_its_place(place: Place) -> None:
+    place.files("a.gguf")
+    file = place.write({"system": {"llama_server_path": "/none"}, "models": {"a": {"model_path": "a"}}})
+    with pytest.raises(ConfigError) as raised:
+        check_configuration(load())
+    assert raised.value.problems == [f"{file}: system.llama_server_path='/none': there is no such program"]
+
+
+FOREIGN = [
+    ("x: 1", None),
+    ("", None),
+    ("foo: !ENV bar", "is not YAML: could not determine a constructor"),
+    ("a: [", "is not YAML: while parsing a flow node"),
+    ("- models: x", "must hold sections"),
+    ('[\n{"models": {', "is not YAML: "),
+    ("other:\n  models: [", "is not YAML: "),
+    ("a" * 2**20 + "a", "is larger than 1 MiB"),
+]
+
+
+@pytest.mark.parametrize(("text", "says"), FOREIGN, ids=range(len(FOREIGN)))
+def test_other_programs_files_in_the_data_folder_are_passed_over(place: Place, text: str, says: str | None) -> None:
+    """It may be a /workspace that many share."""
+    place.files("a.gguf")
+    alone = place.settings(text, MODEL_NAME="a")
+    assert (alone.config_path, build_registry(alone).single) == (None, True)
+    ours = place.write(REMOTE | {"api": {"port": 7000}}, "config.json")
+    settings = place.settings(text)
+    assert (settings.config_path, settings.port, list(build_registry(settings).specs)) == (ours, 7000, ["m"])
+    assert [says is not None and says in line for line in settings.warnings] == [True] * (says is not None)
+    for line in settings.warnings:
+        assert line.startswith(f"{place.folder}/config.yaml: ") and line.endswith("it seems to be no models file")
+
+
+@pytest.mark.parametrize("text", ["models: {m: {url: 'http://h'}", "api: {}\n'models' :\n\tx: 1", '{\n "models": {,}}'])
+def test_a_slip_in_a_file_with_models_is_told_wherever_it_was_found(place: Place, text: str) -> None:
+    """Passed over, a reload would take its models away."""
+    place.write(REMOTE, "config.json")
+    (said,) = place.problems(text)
+    assert said.startswith("is not YAML: ")
 
 
 def test_the_file_is_named_by_CONFIG_PATH_or_found(place: Place) -> None:

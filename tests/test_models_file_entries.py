@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from gateway.crosscheck import HTTP_URL
+from gateway.errors import ConfigError
 from gateway.models.configured.template import PromptTemplate
 from gateway.models.registry import ModelSpec
+from gateway.runtime.configuration import check_configuration
 from tests.models_file_kit import Place, place
 
 __all__ = ["place"]
@@ -103,6 +106,28 @@ def test_models_from_elsewhere(place: Place) -> None:
     )
 
 
+def test_the_base_of_OpenAIs_clients_is_taken_for_the_server_behind_it(place: Place) -> None:
+    content = {"models": {"m": {"url": "http://host:8080/v1/"}, "n": {"url": "http://host/v1x"}}}
+    assert [spec.url for spec in place.registry(content).specs.values()] == ["http://host:8080", "http://host/v1x"]
+    (warning,) = place.settings(content).warnings
+    assert warning.startswith(f"{place.folder}/config.yaml: models.m.url: ends in /v1, which was left out")
+
+
+@pytest.mark.parametrize(
+    ("defaults", "problem"),
+    [
+        ({"max_tokens": -1}, "max_tokens is -1: must be a whole number of at least 0"),
+        ({"max_output_tokens": "x"}, 'max_output_tokens is "x": must be a whole number of at least 0'),
+        ({"n": 0}, "n is 0: must be from 1 to 128"),
+    ],
+)
+def test_a_default_that_would_be_refused_in_every_request(place: Place, defaults: dict[str, Any], problem: str) -> None:
+    settings = place.settings({"models": {"m": {"url": "http://h", "defaults": defaults}}})
+    with pytest.raises(ConfigError) as raised:
+        check_configuration(settings)
+    assert raised.value.problems == [f"{place.folder}/config.yaml: models.m.defaults: {problem}"]
+
+
 def test_a_foreign_servers_key_is_in_a_variable(place: Place) -> None:
     entry = {"url": "http://h", "api_key_env": "FAR_KEY"}
     assert spec_of(place, entry).problem == "api_key_env FAR_KEY: that variable is not set"
@@ -120,6 +145,7 @@ NOT_TEXT = "must be text that is not empty, not"
         ({"flagz": []}, "flagz: is not known; did you mean models.m.flags?"),
         ({"zzzzz": 1}, "zzzzz: is not known; there are model_path, hf, url, api_key_env, flags, aliases, slots, "),
         ({"model_path": 5}, f"model_path: {NOT_TEXT} 5"),
+        ({"model_path": "~nobody-of-that-name/x"}, "model_path: ~nobody-of-that-name/x: there is no such user's home"),
         ({"model_path": "  "}, f"model_path: {NOT_TEXT} '  '"),
         ({"flags": {"-c": 1}}, "flags: must be a list or one text, not a section"),
         ({"flags": "-c '1"}, "flags: No closing quotation; quote it as for a shell, or make it a list"),
@@ -135,9 +161,9 @@ NOT_TEXT = "must be text that is not empty, not"
         ({"aliases": ["a\nb"]}, "aliases[0]: must be a name, not 'a\\nb'"),
         ({"aliases": ["m"]}, "aliases: 'm' is the model's own id"),
         ({"aliases": ["a", "a"]}, "aliases: 'a' stands there twice"),
-        ({"slots": 0}, "slots: must be a whole number of at least 1, not 0"),
-        ({"slots": 1.5}, "slots: must be a whole number of at least 1, not 1.5"),
-        ({"slots": True}, "slots: must be a whole number of at least 1, not true"),
+        ({"slots": 0}, "slots: must be a whole number from 1 to 4096, not 0"),
+        ({"slots": 1.5}, "slots: must be a whole number from 1 to 4096, not 1.5"),
+        ({"slots": True}, "slots: must be a whole number from 1 to 4096, not true"),
         ({"slots": 4, "flags": "--parallel 2"}, "slots: is 4, but the flags say -np 2; say it once"),
         ({"pinned": "yes"}, "pinned: must be true or false, not 'yes'"),
         ({"idle_timeout_sec": -1}, "idle_timeout_sec: must be seconds, 0 = never, not -1"),
@@ -153,6 +179,10 @@ NOT_TEXT = "must be text that is not empty, not"
             for name in ("messages", "prompt", "input", "model", "stream")
         ),
         ({"chat_template_file": "none.jinja"}, "chat_template_file: there is no "),
+        (
+            {"chat_template_file": f"/{'x' * 300}"},
+            f"chat_template_file: /{'x' * 300} cannot be read: File name too long",
+        ),
         ({"prompt_template": {"user_prefx": "x"}}, "prompt_template.user_prefx: is not known; did you mean models.m."),
         ({"prompt_template": {"user_prefix": 5}}, "prompt_template.user_prefix: must be text"),
         (
@@ -185,7 +215,10 @@ NO_NAME = "models.a.aliases[0]: must be a name, not ''"
         ({"m": "m.gguf"}, ["models.m: must be a section with keys, not 'm.gguf'"]),
         ({"m": None}, ["models.m: must be a section with keys, not nothing"]),
         ({"m": {"hf": "x"}}, ["models.m.hf: 'x' is not of the form user/repo or user/repo:quant"]),
-        ({"m": {"url": "h:80"}}, ["models.m.url: must begin with http:// or https://"]),
+        *(
+            ({"m": {"url": url}}, [f"models.m.url: {HTTP_URL}"])
+            for url in ("h:80", "http://h:99999", "http://h:abc", "http://:80", "http://h/a b")
+        ),
         (
             {"m": {"url": "http://h", "flags": [], "env": {"A": "1"}, "api_key_env": "a b"}},
             [
@@ -249,6 +282,18 @@ def test_a_template_beside_the_model_counts_unless_the_entry_has_its_own(place: 
 
 
 # --- reload
+
+
+def test_a_template_file_that_was_edited_makes_another_spec(place: Place) -> None:
+    place.files("m.gguf")
+    entry = {"model_path": "m", "chat_template_file": "t.jinja"}
+    template = place.folder / "t.jinja"
+    template.write_text("one")
+    first = spec_of(place, entry)
+    template.touch()
+    assert first == spec_of(place, entry)
+    template.write_text("two")
+    assert first != spec_of(place, entry)
 
 
 def test_a_spec_is_equal_exactly_if_nothing_of_it_has_changed(place: Place) -> None:

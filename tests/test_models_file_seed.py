@@ -182,7 +182,7 @@ def test_params(place: Place, params: Any, flags: list[str], slots: int | None) 
         ({"n_ctz": 1}, "models.m.params.n_ctz: is not known; did you mean models.m.params.n_ctx?"),
         ({"n_ctx": [1]}, "models.m.params.n_ctx: must be text or a number, not a list"),
         ({"embedding": 1}, "models.m.params.embedding: must be true or false, not 1"),
-        ({"parallel_override": 0}, "models.m.slots: must be a whole number of at least 1, not 0"),
+        ({"parallel_override": 0}, "models.m.params.parallel_override: must be a whole number from 1 to 4096, not 0"),
         (
             {"additional_parameter": "--host x"},
             "models.m.flags: --host: the gateway chooses where llama-server listens",

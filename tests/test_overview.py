@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -27,7 +28,7 @@ CASES: dict[str, tuple[Room, dict[str, Any]]] = {
 }
 
 
-def told(room: Room, booked: bool = False) -> Plan:
+def told(room: Room, booked: bool = False, visible: Callable[[str], bool] = lambda _: True) -> Plan:
     owner = SimpleNamespace(id="m", state="ready", backend=object() if booked else None)
     landlord = SimpleNamespace(
         needs={"m": NEED} if booked else {},
@@ -35,7 +36,7 @@ def told(room: Room, booked: bool = False) -> Plan:
         refusal=lambda *_: SimpleNamespace(message="too large"),
         budget=Budget({"RAM": 9 * MIB}, None, frozenset({"RAM"})),
     )
-    return foretell(cast(LocalOwner, owner), NEED, cast(Landlord, landlord))
+    return foretell(cast(LocalOwner, owner), NEED, cast(Landlord, landlord), visible)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -43,6 +44,24 @@ def test_what_a_load_would_mean(case: str) -> None:
     room, expected = CASES[case]
     usual: dict[str, Any] = {"fits": True, "evict": (), "blocked_by": ()}
     assert told(room) == Plan(model="m", already_loaded=False, need_mb=3, **(usual | expected))
+
+
+@pytest.mark.parametrize(
+    ("room", "expected"),
+    [
+        (Room(evict=("b",)), {"reason": "another model would go: least recently used, and idle"}),
+        (
+            Room(evict=("a", "b")),
+            {"evict": ("a",), "reason": "a, another model would go: least recently used, and idle"},
+        ),
+        (Room(busy=("b", "c")), {"reason": "it would wait until 2 other models are idle"}),
+        (Room(never=True, busy=("b",)), {"fits": False, "reason": "too large"}),
+    ],
+)
+def test_what_is_told_to_one_who_may_use_a_alone(room: Room, expected: dict[str, Any]) -> None:
+    usual: dict[str, Any] = {"fits": True, "evict": (), "blocked_by": ()}
+    seen = told(room, visible=lambda model: model == "a")
+    assert seen == Plan(model="m", already_loaded=False, need_mb=3, **(usual | expected))
 
 
 def test_of_one_that_is_loaded() -> None:

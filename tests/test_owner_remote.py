@@ -16,6 +16,7 @@ from gateway.models.registry import ModelSpec
 from gateway.models.remote import RemoteOwner
 from gateway.state import Board, ModelState
 from tests.fake_llama import FakeLlama
+from tests.fake_wire import Exchange, error_body
 from tests.house import free_port, soon
 
 S = ModelState
@@ -68,17 +69,46 @@ async def test_it_is_ready_when_the_server_is_and_learns_its_slots() -> None:
         assert [event.code for event in watched.events] == ["model.loaded"]
 
 
-async def test_a_server_that_tells_nothing_is_used_with_what_is_configured() -> None:
-    async with FakeLlama("", argv(0), "its-key") as fake, watching(fake.port, "wrong") as watched:
+class Reticent(FakeLlama):
+    """It has no /props, or does not show them."""
+
+    status = 404
+
+    async def _get(self, x: Exchange, route: str) -> None:
+        await (x.reply(self.status, error_body(self.status, "No")) if route == "/props" else super()._get(x, route))
+
+
+@pytest.mark.parametrize("status", [403, 404, 500])
+async def test_a_server_that_tells_nothing_is_used_with_what_is_configured(status: int) -> None:
+    reticent = Reticent("", argv(0))
+    reticent.status = status
+    async with reticent as fake, watching(fake.port) as watched:
         assert await watched.ready() is watched.owner.server
         assert (watched.owner.slots, watched.owner.ctx) == (None, None)
+
+
+async def test_one_that_refuses_our_key_is_not_ready_however_well_it_is() -> None:
+    async with FakeLlama("", argv(0), "its-key") as fake, watching(fake.port, "wrong") as watched:
+        why = f"the llama-server at http://127.0.0.1:{fake.port} refuses the gateway's key: set LLAMA_API_KEY_FILE"
+        await soon(lambda: watched.owner.state is S.CRASHED)
+        assert (watched.board.models["m"].error_message or "").startswith(why)
+        with pytest.raises(ModelLoading, match="refuses the gateway's key"):
+            await watched.ready(0.05)
+        assert [event.code for event in watched.events] == ["model.crashed"], "told once"
+        fake.api_key = "wrong"  # it takes ours now
+        await watched.ready()
+        assert watched.owner.state is S.READY and watched.board.models["m"].error_message is None
+        fake.api_key = "another"
+        await soon(lambda: watched.owner.state is S.CRASHED)
+        assert watched.owner.backend is None
 
 
 async def test_one_that_is_not_there_is_waited_for_up_to_the_deadline() -> None:
     port = free_port()
     async with watching(port) as watched:
-        with pytest.raises(ModelLoading):
+        with pytest.raises(ModelLoading, match="no healthy llama-server at"):
             await watched.ready(0.05)
+        assert watched.states[-1] is S.LOADING and not watched.events, "it may be loading"
         waiting = asyncio.create_task(watched.ready())
         async with FakeLlama("", argv(port)):
             assert await waiting is watched.owner.server

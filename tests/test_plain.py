@@ -140,6 +140,24 @@ def test_openai_s_own_form_is_told_apart() -> None:
     assert not plain({"prompt": "x", "input": "y"})
 
 
+@pytest.mark.parametrize(
+    ("said", "trace_id"),
+    [
+        (TRACE, TRACE),
+        (TRACE.upper(), TRACE),
+        ("0AF76519-16CD-43DD-8448-EB211C80319C", TRACE),
+        ("0" * 32, None),
+        ("00000000-0000-0000-0000-000000000000", None),
+        (TRACE + "-1", None),
+        ("trace of mine", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_a_trace_in_any_of_its_spellings(said: str | None, trace_id: str | None) -> None:
+    assert job({"input": "hi", "trace_id": said}).trace_id == trace_id
+
+
 def test_a_trace_of_its_own() -> None:
     ours = "00-" + "1" * 32 + "-00f067aa0ba902b7-01"
     assert trace_of(TRACE, ours) == f"00-{TRACE}-00f067aa0ba902b7-01"

@@ -51,6 +51,7 @@ async def test_all_its_output_is_passed_on_and_the_last_lines_explain_its_exit()
     )
     assert await process.wait() == process.status == 3
     assert not process.running
+    await process.stop()  # and so its last words are read
     assert b"".join(output).split() == [str(n).encode() for n in range(1, 2001)] + (
         b"E failed to load tidying up no line end".split()
     )
@@ -166,17 +167,17 @@ async def test_cancelling_the_spawn_leaves_no_process() -> None:
     await soon(lambda: children() <= before)
 
 
-def test_it_dies_with_the_gateway_however_that_dies() -> None:
+@pytest.mark.parametrize("command", ["echo $$; exec sleep 60", "sleep 60 & echo $!; wait"])
+def test_it_and_what_it_has_started_die_with_the_gateway_however_that_dies(command: str) -> None:
+    """Among them the llama-server of a wrapper that waits for it."""
     script = (
         "import asyncio, os\n"
         "from gateway.models.process import Process\n"
         "async def main():\n"
-        "    up = asyncio.Event()\n"
-        "    command = ['sh', '-c', 'echo up; exec sleep 60']\n"
-        "    process = await Process.spawn(command, dict(os.environ), lambda data: up.set())\n"
-        "    await up.wait()\n"
-        "    print(process.pid, flush=True)\n"
+        "    tell = lambda data: print(data.decode(), flush=True)\n"
+        f"    process = await Process.spawn(['sh', '-c', {command!r}], dict(os.environ), tell)\n"
         "    await process.wait()\n"
+        "    await asyncio.sleep(60)\n"
         "asyncio.run(main())\n"
     )
     gateway = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -198,11 +199,47 @@ def test_the_parent_death_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_child_whose_gateway_is_gone_already_does_not_start(tmp_path: Path) -> None:
     """Killed between the spawn and the prctl: the shell sees another parent than it was told of."""
     *_, shell, option, check, _ = parent_death_prefix()
-    command = [shell, option, check, "1", "touch", str(tmp_path / "started")]
-    assert subprocess.run(command, check=False).returncode == 1
-    assert not (tmp_path / "started").exists()
-    assert subprocess.run([*command[:3], str(os.getpid()), *command[4:]], check=False).returncode == 0
-    assert (tmp_path / "started").exists()
+    ours, leash = os.pipe()
+
+    def status(gateway: int) -> int:
+        command = [shell, option, check, str(gateway), "touch", str(tmp_path / "started")]
+        return subprocess.run(command, stdin=ours, start_new_session=True, check=False).returncode
+
+    assert status(1) == 1 and not (tmp_path / "started").exists()
+    assert status(os.getpid()) == 0 and (tmp_path / "started").exists()
+    os.close(ours)
+    os.close(leash)
+
+
+async def test_its_guard_outlives_a_signal_to_the_group_and_ends_with_it() -> None:
+    process = await shell("trap 'echo asked' TERM; echo up; while :; do sleep 0.01; done")
+
+    def guards() -> list[int]:
+        started = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        return [pid for pid in map(int, started) if _command(pid).startswith(b"/bin/sh\0-c\0trap") and _deaf(pid)]
+
+    (guard,) = await soon(guards)
+    assert os.getpgid(guard) == process.pid and b"asked" not in _command(guard)
+    os.killpg(process.pid, signal.SIGTERM)
+    await soon(lambda: "asked" in process.last_lines)
+    assert guards() == [guard]
+    process.kill()
+    await process.wait()
+    await soon(lambda: not alive(guard) or _is_zombie(guard))
+
+
+def _command(pid: int) -> bytes:
+    """Nothing, of one that has just ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def _deaf(pid: int) -> bool:
+    """Whether it ignores SIGTERM by now."""
+    ignored = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigIgn"))
+    return bool(int(ignored.split()[1], 16) >> signal.SIGTERM - 1 & 1)
 
 
 def test_the_preferred_port_is_taken_if_nobody_has_it() -> None:

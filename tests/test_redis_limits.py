@@ -123,7 +123,8 @@ async def test_a_refused_request_costs_nothing(redis: RedisServer) -> None:
             (Claim("key", rpm=3, tpm=100, concurrency=1, budget=1000, tokens=10), ConcurrencyExceeded),
             (Claim("key", rpm=1, tpm=100, concurrency=9, budget=1000, tokens=10), RateLimitExceeded),
             (Claim("key", rpm=3, tpm=100, concurrency=9, budget=1000, tokens=41), TokensExceeded),
-            (Claim("key", rpm=3, tpm=100, concurrency=9, budget=65, tokens=10), InsufficientQuota),
+            (Claim("key", rpm=3, tpm=100, concurrency=9, budget=65, tokens=10), ConcurrencyExceeded),
+            (Claim("key", rpm=3, tpm=100, concurrency=9, budget=9, tokens=10), InsufficientQuota),
         ):
             with pytest.raises(error):
                 await other.reserve(claim)
@@ -156,7 +157,12 @@ async def test_a_days_budget_is_shared_and_its_end_told(redis: RedisServer) -> N
     async with gateways(redis.url) as (one, other):
         claim = Claim("key", budget=100, tokens=40)
         (await one.reserve(claim)).settle(40)
-        await other.reserve(claim)
+        running = await other.reserve(claim)
+        with pytest.raises(ConcurrencyExceeded) as held:
+            await one.reserve(claim)
+        assert held.value.headers() == {"retry-after-ms": "1000", "Retry-After": "1"}
+        running.settle(30)
+        await soon(lambda: leases(redis) == 0)
         with pytest.raises(InsufficientQuota) as raised:
             await one.reserve(claim)
         midnight = 86_400 - time.time() % 86_400
@@ -165,19 +171,24 @@ async def test_a_days_budget_is_shared_and_its_end_told(redis: RedisServer) -> N
 
 
 @pytest.mark.parametrize(
-    ("claim", "before"),
+    ("claim", "before", "used"),
     [
-        (Claim("key", rpm=2, tokens=5), 2),
-        (Claim("key", tpm=10, tokens=5), 2),
-        (Claim("key", tpm=10, tokens=11), 0),
-        (Claim("key", concurrency=2), 2),
-        (Claim("key", budget=10, tokens=5), 2),
-        (Claim("key", rpm=9, tpm=99, budget=10, tokens=5), 2),
-        (Claim("key", rpm=2, tpm=9, tokens=5), 1),
+        (Claim("key", rpm=2, tokens=5), 2, None),
+        (Claim("key", tpm=10, tokens=5), 2, None),
+        (Claim("key", tpm=10, tokens=11), 0, None),
+        (Claim("key", concurrency=2), 2, None),
+        (Claim("key", budget=10, tokens=5), 2, None),
+        (Claim("key", budget=10, tokens=5), 2, 5),
+        (Claim("key", rpm=9, tpm=99, budget=10, tokens=5), 2, None),
+        (Claim("key", rpm=9, tpm=99, budget=10, tokens=5), 2, 4),
+        (Claim("key", rpm=2, tpm=9, tokens=5), 1, None),
     ],
 )
-async def test_one_gateway_and_redis_refuse_alike(redis: RedisServer, claim: Claim, before: int) -> None:
-    """The same error, code and headers as without Redis, but for the words on a budget and a guess of a wait."""
+async def test_one_gateway_and_redis_refuse_alike(
+    redis: RedisServer, claim: Claim, before: int, used: int | None
+) -> None:
+    """The same error, words and headers as without Redis, but for a guess of a wait. `used`: by those that have ended,
+    where none runs any more."""
     embedded = Limits()
     async with gateways(redis.url, number=1) as (limits,):
         mine, theirs = [], []
@@ -185,11 +196,17 @@ async def test_one_gateway_and_redis_refuse_alike(redis: RedisServer, claim: Cla
             mine.append(embedded.reserve(claim))
             theirs.append(await limits.reserve(claim))
         assert [one.headers() for one in theirs] == [one.headers() for one in mine]
+        if used is not None:
+            for here, there in zip(mine, theirs, strict=True):
+                here.settle(used)
+                there.settle(used)
+            await soon(lambda: leases(redis) == 0)
         with pytest.raises(TooManyRequests) as ours:
             await limits.reserve(claim)
         with pytest.raises(TooManyRequests) as alone:
             embedded.reserve(claim)
     assert type(ours.value) is type(alone.value)
+    assert ours.value.message.partition("passes in")[0] == alone.value.message.partition("passes in")[0]
     assert ours.value.retry_after == pytest.approx(alone.value.retry_after, abs=1)
     ignored = {"retry-after-ms": "", "Retry-After": ""}
     assert ours.value.headers() | ignored == alone.value.headers() | ignored
@@ -203,7 +220,7 @@ async def test_a_killed_gateways_leases_end_by_themselves(redis: RedisServer) ->
             assert passed(other) == 2
             until = time.monotonic() + 1.5 * PATIENT.lease  # its heartbeat holds them for longer than a lease lasts
             await soon(lambda: time.monotonic() > until)
-            assert isinstance(await refused(limits, claim), InsufficientQuota)
+            assert isinstance(await refused(limits, Claim("key", budget=100, tokens=50)), ConcurrencyExceeded)
             assert isinstance(await refused(limits, Claim("key", concurrency=2)), ConcurrencyExceeded)
             other.kill()
             killed = time.monotonic()
@@ -211,6 +228,19 @@ async def test_a_killed_gateways_leases_end_by_themselves(redis: RedisServer) ->
             await soon(lambda: time.monotonic() > until)
             assert await attempt(limits, claim)
         await soon(lambda: limits.view()["gateways"] == 1)
+
+
+@pytest.mark.parametrize("before", [0, 1])
+async def test_a_refund_is_told_alike_too(redis: RedisServer, before: int) -> None:
+    claim = Claim("key", rpm=9, tpm=99, tokens=5)
+    embedded = Limits()
+    async with gateways(redis.url, number=1) as (limits,):
+        kept = [(embedded.reserve(claim), await limits.reserve(claim)) for _ in range(before)]
+        mine, theirs = embedded.reserve(claim), await limits.reserve(claim)
+        for reservation in (mine, theirs):
+            reservation.refund()
+        assert theirs.headers() == mine.headers()
+        assert dict(theirs.headers())["x-ratelimit-remaining-requests"] == str(9 - len(kept))
 
 
 async def test_whoever_leaves_while_waiting_has_reserved_nothing(redis: RedisServer) -> None:

@@ -112,10 +112,25 @@ def test_yesterdays_budget_is_no_more(redis: Redis) -> None:
     assert redis.hget(BUDGET, "used") == "5"
 
 
-@pytest.mark.parametrize(("tokens", "kind"), [(0, 4), (1, 4), (50, 4)])
+@pytest.mark.parametrize(("tokens", "kind"), [(0, 5), (1, 5), (50, 5), (51, 4)])
 def test_what_runs_holds_its_part_of_the_budget(redis: Redis, tokens: int, kind: int) -> None:
     assert reserve(redis, "a", budget=50) == 0
     assert reserve(redis, "b", budget=50, tokens=tokens) == kind
+
+
+@pytest.mark.parametrize(("tokens", "kind"), [(9, 0), (10, 5), (19, 5), (20, 4), (500, 4)])
+def test_what_was_used_up_is_another_refusal_than_what_runs_holds(redis: Redis, tokens: int, kind: int) -> None:
+    renew(redis, charge=("1", 31))
+    assert reserve(redis, "a", budget=50, tokens=10) == 0
+    assert reserve(redis, "b", budget=50, tokens=tokens) == kind
+
+
+def test_what_takes_no_tokens_passes_where_none_are_left(redis: Redis) -> None:
+    renew(redis, window=(0, "old:501"))
+    assert reserve(redis, "a", tokens=1, budget=0) == 2
+    assert reserve(redis, "a", tokens=0, budget=0) == 0
+    assert call(redis, RESERVE, "b", 0, 500, 0, 0, 0, 10 * SECOND)[:4] == [0, 0, 2, 501]
+    assert redis.zrange(WINDOW, 0, -1) == ["old:501", "a:0"]  # what no limit counts leaves nothing
 
 
 def test_what_leaves_the_window_takes_its_tokens_along(redis: Redis) -> None:

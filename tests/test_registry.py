@@ -159,6 +159,11 @@ def test_a_prompt_template_beside_the_one_model(tmp_path: Path) -> None:
         ({"MODEL_NAME": "dir"}, "MODEL_NAME='{}/dir': the folder must hold exactly one model; it holds: none"),
         ({"MODEL_NAME": "two"}, "MODEL_NAME='{}/two': the folder must hold exactly one model; it holds: a, b"),
         ({"MODEL_NAME": "x" * 300}, f"MODEL_NAME='{'x' * 59}: File name too long"),
+        ({"MODEL_PATH": "/" + "x" * 300}, f"MODEL_PATH='/{'x' * 198}: File name too long"),
+        *(
+            ({"MODEL_HF": name}, f"MODEL_HF={name!r}: must be user/repo or user/repo:quant")
+            for name in ("noslash", "a/b/c", "a/b:", "https://huggingface.co/a/b")
+        ),
         ({"MODEL_PATH": "{}/x.gguf"}, "MODEL_PATH='{}/x.gguf': no such file"),
         ({"MODEL_PATH": "{}/two"}, "MODEL_PATH='{}/two': the folder must hold exactly one model; it holds: a, b"),
     ],
@@ -184,6 +189,9 @@ def test_a_name_that_is_not_there_or_not_clear(tmp_path: Path, variables: dict[s
             {"MODEL_URL": "https://x/q-00001-of-00002.gguf"},
             ModelSpec(id="q", download_url="https://x/q-00001-of-00002.gguf"),
         ),
+        ({"MODEL_URL": "https://x/d/a%20b.gguf"}, ModelSpec(id="a b", download_url="https://x/d/a%20b.gguf")),
+        ({"MODEL_URL": "https://x/get"}, ModelSpec(id="get", download_url="https://x/get")),
+        ({"MODEL_URL": "https://x/"}, ModelSpec(id="model", download_url="https://x/")),
         ({"MODEL_URL": "https://x/", "MODEL_NAME": "m"}, ModelSpec(id="m", download_url="https://x/")),
         ({"MODEL_HF": "user/Repo-GGUF:Q4_K_M"}, ModelSpec(id="Repo-GGUF-Q4_K_M", hf="user/Repo-GGUF:Q4_K_M")),
         ({"MODEL_HF": "user/Repo"}, ModelSpec(id="Repo", hf="user/Repo")),

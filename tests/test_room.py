@@ -174,6 +174,24 @@ async def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
     assert not a.evicted and landlord.needs.keys() == {"a"}
 
 
+async def test_a_refusal_says_what_it_is_about_and_names_those_that_may_be_seen() -> None:
+    landlord, (a, b, c) = house(9, a=1, b=2, c=1)
+    await a.enter()
+    await b.enter()
+    cannot = Room(never=True, busy=("a", "b"))
+    assert landlord.refusal(c, {"RAM": 7 * MIB}, cannot).message == (
+        "c needs 7 MiB of the 9 MiB that models may use; a 1 MiB, b 2 MiB are loaded; a, b cannot go"
+    )
+    assert landlord.refusal(c, {"RAM": 7 * MIB}, cannot, lambda model: model == "a").message == (
+        "c needs 7 MiB of the 9 MiB that models may use; a 1 MiB are loaded; a, another model cannot go"
+    )
+    landlord.found(Memory((), ram(9 * MIB, most=2)))
+    too_many = "c cannot be loaded: max_concurrent_models is 2, and "
+    assert landlord.refusal(c, c.need, cannot).message == f"{too_many}a, b cannot go"
+    assert landlord.refusal(c, c.need, cannot, lambda _: False).message == f"{too_many}2 other models cannot go"
+    assert "7 MiB" in landlord.refusal(c, {"RAM": 7 * MIB}, cannot).message, "there is no memory either"
+
+
 async def test_one_who_gives_up_or_is_cancelled_leaves_nothing_behind() -> None:
     landlord, (a, b, c) = house(4, a=3, b=3, c=1)
     await a.enter()

@@ -56,6 +56,16 @@ def body_of(call: Call) -> dict[str, Any]:
         ({"openai_route": "v1/embeddings", "openai_input": {"input": "a"}}, "/v1/embeddings", {"input": "a"}),
         ({"openai_route": "/completion/", "openai_input": {"prompt": "a"}}, "/completion", {"prompt": "a"}),
         (
+            {"openai_route": "/v1/completions", "openai_input": {"prompt": "a", "input": "b"}},
+            "/v1/completions",
+            {"prompt": "a", "input": "b"},
+        ),
+        (
+            {"openai_route": "/v1/completions", "openai_input": {"input": "hi", "params": {"top_k": 3}}},
+            "/v1/completions",
+            {"messages": MESSAGES, "top_k": 3, "stream": False},
+        ),
+        (
             {"messages": MESSAGES, "params": {"top_k": 3}},
             "/v1/chat/completions",
             {"messages": MESSAGES, "top_k": 3, "stream": False},
@@ -104,6 +114,8 @@ def test_the_list_of_models(route: str) -> None:
         ({"openai_route": "/v1/files", "openai_input": {}}, NotFound, "no '/v1/files' for jobs"),
         ({"openai_route": "/slots", "openai_input": {}}, NotFound, "no '/slots' for jobs"),
         ({"openai_route": "/v1/audio/transcriptions", "openai_input": {}}, NotFound, "for jobs"),
+        ({"openai_route": "/infer", "openai_input": {"prompt": "hi"}}, NotFound, "send its fields as the job's input"),
+        ({"openai_route": "/v1/completions", "openai_input": {"input": 5}}, BadRequest, "input is 5"),
         ({"prompt": "a" * MOST}, PayloadTooLarge, "MAX_REQUEST_BODY_SIZE"),
         ({"prompt": "\ud800"}, BadRequest, "not valid JSON"),
     ],

@@ -111,6 +111,8 @@ def test_links_may_lead_in_circles(tmp_path: Path) -> None:
         "far/b.gguf",
         "in/c.gguf",
     ]
+    (tmp_path / "itself").symlink_to(tmp_path / "itself")
+    assert find_models(tmp_path / "itself") == []
 
 
 # --- the first keys

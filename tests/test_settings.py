@@ -192,6 +192,7 @@ TEXTS = {
     "EXTRA_ARGS": "-fa on --chat-template 'a b'",
     "LOG_NAME": "my.log-1_x",
     "WORKER_TYPE": "a.b-c_d",
+    "HOST": "my-host.local",
     "REDIS_URL": "rediss://user:word@host:6380/1",
 }
 
@@ -209,6 +210,15 @@ def test_texts(var: Variable) -> None:
         ("LLAMA_URL", "host:8080", "must begin with http:// or https://"),
         ("LLAMA_URL", "http://", "must begin with http:// or https://"),
         ("LLAMA_URL", "unix:///x", "must begin with http:// or https://"),
+        ("LLAMA_URL", "http://127.0.0.1:99999", "a port must be from 1 to 65535"),
+        ("LLAMA_URL", "http://h:abc", "a port must be from 1 to 65535"),
+        ("LLAMA_URL", "http://h:0/x", "a port must be from 1 to 65535"),
+        ("LLAMA_URL", "http://:80", "and a host"),
+        ("LLAMA_URL", "http://[::1", "and a host"),
+        ("LLAMA_URL", "http://a b", "and a host"),
+        ("MODEL_URL", "http://localhost:99999/a.gguf", "a port must be from 1 to 65535"),
+        ("CACHE_EMBEDDING_MODEL", "http://h:abc", "a port must be from 1 to 65535"),
+        *(("HOST", host, "must be an address or a name") for host in ("300.1.1.1", "::1::", "[::]", "http://h", "a b")),
         ("MODEL_URL", "ftp://x/y.gguf", "must begin with http:// or https://"),
         ("MODEL_SHA256", "a" * 63, "must be 64 hexadecimal digits"),
         ("MODEL_SHA256", "g" * 64, "must be 64 hexadecimal digits"),
@@ -244,6 +254,32 @@ def test_lists(name: str, text: str, values: tuple[str, ...]) -> None:
     assert value(name, text) == values
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.1", "0", "::", "::1", "fe80::1%eth0", "localhost", "my_host.local"])
+def test_where_it_may_listen(host: str) -> None:
+    assert value("HOST", host) == host
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("http://host:8080/v1", "http://host:8080"),
+        ("http://host:8080/v1/", "http://host:8080"),
+        ("https://host/llama/v1", "https://host/llama"),
+        ("http://host/v10", None),
+        ("http://host/v1/x", None),
+        ("http://v1", None),
+    ],
+)
+def test_the_base_of_OpenAIs_clients_is_taken_for_the_server_behind_it(url: str, address: str | None) -> None:
+    settings = load(LLAMA_URL=url)
+    assert settings.llama_url == (address or url)
+    assert [line.partition(",")[0] for line in settings.warnings] == ["LLAMA_URL ends in /v1"] * bool(address)
+
+
+def test_a_file_of_models_may_have_a_space_in_its_address() -> None:
+    assert value("MODEL_URL", "http://host/a b.gguf") == "http://host/a b.gguf"
+
+
 def test_all_problems_are_told_at_once() -> None:
     wrong = {"PORT": "x", "CTX": "-1", "AUTH_ENABLED": "maybe", "LOG_LEVEL": "inof", "MODEL_SHA256": "z", "HOST": "ok"}
     assert [line.partition("=")[0] for line in problems(**wrong)] == [
@@ -271,4 +307,5 @@ def test_secrets_are_in_no_message_and_no_repr() -> None:
     shown = repr(load(**secrets))
     assert not [secret for secret in secrets.values() if secret in shown]
     assert "hunter" not in problem("MODEL_URL", "ftp://user:hunter22@host/m.gguf")
+    assert "hunter" not in problem("LLAMA_URL", "http://user:hunter22@host:0")
     assert "hunter" not in str(problems(**{**secrets, "PORT": "x", "MODEL_URL": "hunter"}))

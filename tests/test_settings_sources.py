@@ -14,6 +14,7 @@ from gateway.environment import (
     hub_caches,
     instance_name,
     load_settings,
+    read_settings,
     secrets_in_force,
 )
 from gateway.errors import ConfigError
@@ -35,14 +36,14 @@ def load(environ: Mapping[str, str], dotenv: Path | None = None, file: Mapping[s
 def dotenv(tmp_path: Path) -> Path:
     path = tmp_path / ".env"
     path.write_text(
-        "# comment\nexport PORT=4001\nHOST='h st'\nLOG_NAME=\"x\"\nDEFAULT_MODEL=$HOME\nCTX=\nNGL = 7 # few\n"
+        "# comment\nexport PORT=4001\nHOST='my-host'\nLOG_NAME=\"x\"\nDEFAULT_MODEL=$HOME\nCTX=\nNGL = 7 # few\n"
     )
     return path
 
 
 def test_the_dotenv_file_is_read(dotenv: Path) -> None:
     settings = load({}, dotenv)
-    assert (settings.port, settings.host, settings.log_name, settings.ngl) == (4001, "h st", "x", 7)
+    assert (settings.port, settings.host, settings.log_name, settings.ngl) == (4001, "my-host", "x", 7)
     assert settings.default_model == "$HOME"  # nothing is put in
     assert settings.ctx == 16384  # empty is unset
     assert settings.explicit == {"DATA_DIR", "PORT", "HOST", "LOG_NAME", "DEFAULT_MODEL", "NGL"}
@@ -54,7 +55,7 @@ def test_the_dotenv_file_of_the_working_directory_is_the_default(dotenv: Path, m
     monkeypatch.setenv("PORT", "4002")
     monkeypatch.delenv("HOST", raising=False)
     settings = load_settings()
-    assert (settings.port, settings.host) == (4002, "h st")
+    assert (settings.port, settings.host) == (4002, "my-host")
 
 
 @pytest.mark.parametrize(
@@ -92,6 +93,8 @@ def sample(name: str, number: int) -> str:
         return ("true", "false", "true")[number]
     if kind in (int, float):
         return str(4 + number if name in ("PARALLEL", "THREADS") else 4100 + number)
+    if name == "HOST":
+        return f"host-{number}"
     return f"{'redis' if name == 'REDIS_URL' else 'http'}://{'abc'[number]}:1"
 
 
@@ -163,6 +166,37 @@ def test_older_names_keep_working(environ: dict[str, str], name: str, becomes: A
     assert len(settings.warnings) == warnings
     for line in settings.warnings:
         assert line in ("GATEWAY_PORT is deprecated: use PORT", "BACKEND_PORT is deprecated: use PORT_BACKEND")
+
+
+@pytest.mark.parametrize(
+    ("environ", "says"),
+    [
+        ({"GATEWAY_PORT": "abc"}, "GATEWAY_PORT='abc': must be a whole number from 1 to 65535"),
+        ({"BACKEND_PORT": "8000"}, "BACKEND_PORT=8000: must differ from PORT"),
+        ({"GATEWAY_PORT": "9", "PORT_BACKEND": "9"}, "PORT_BACKEND=9: must differ from GATEWAY_PORT"),
+        ({"BASE_MODELS_PATH": "~nobody-of-that-name/x"}, "BASE_MODELS_PATH='~nobody-of-that-name/x': there is no such"),
+    ],
+)
+def test_a_wrong_value_is_told_under_the_name_that_was_set(environ: dict[str, str], says: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load(environ)
+    assert len(raised.value.problems) == 1 and raised.value.problems[0].startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("environ", "conflict"),
+    [
+        ({"STATE_FILE": "/s"}, True),  # what entrypoint.sh hands on with a health server
+        ({}, False),
+        ({"STATE_FILE": "/s", "WORKER_MODE": "nats"}, False),  # listens nowhere
+        ({"STATE_FILE": "/s", "PORT_HEALTH": "8002"}, False),
+        ({"STATE_FILE": "/s", "PORT": "8001"}, False),  # one port for both, and the entrypoint knows it
+    ],
+)
+def test_the_models_file_may_not_give_away_the_health_servers_port(environ: dict[str, str], conflict: bool) -> None:
+    _, problems = read_settings({"DATA_DIR": "/d"} | environ, None, {"api": {"port": 8001}}, "/f.yaml: ")
+    says = "/f.yaml: api.port=8001: must differ from PORT_HEALTH, where the health server, which reads no models file, "
+    assert [line[: len(says)] for line in problems] == [says] * conflict
 
 
 def test_an_older_name_in_the_environment_wins_over_the_new_one_in_dotenv(dotenv: Path) -> None:

@@ -11,6 +11,7 @@ from gateway.errors import BadRequest, GrammarNotFound
 from gateway.pipeline.bounds import MAX_BYTES, MAX_DEPTH, check_grammar, check_schema
 from gateway.pipeline.call import Call, Route, parse_json_object
 from gateway.pipeline.dialects import Dialect
+from gateway.pipeline.expansion import may_nest
 from gateway.pipeline.shield import bound_answer, shielded
 from gateway.stores.keys.file import Key
 
@@ -125,6 +126,35 @@ class TestGrammar:
     def test_repetition(self, times: str) -> None:
         with pytest.raises(BadRequest, match="repeats"):
             check_grammar(f'root ::= "a"{times}', "grammar")
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            'root ::= x #\rx ::= "a"{1001}',  # llama-server's comments end there
+            'root ::= ("a"{#}\n1001})',
+            'root ::= ("a"{1,#}\n1001})',
+            'root ::= ( #)\r"a"{1001})',
+        ],
+    )
+    def test_no_comment_hides_a_repetition(self, text: str) -> None:
+        with pytest.raises(BadRequest, match="repeats"):
+            check_grammar(text, "grammar")
+
+    @pytest.mark.parametrize(
+        ("text", "nests"),
+        [
+            ('root ::= "a" | [b-z]{1,1000} ("c" | d){2} # root\nd ::= "root"', False),
+            ("root ::= " + " | ".join(f'"{number:x}"' for number in range(2000)), False),
+            ("root ::= x{1000}\nx ::= [a-z]{10}", False),
+            ("root ::= x{1000}\nx ::= [a-z]{20}", True),
+            ('root ::= "a" root | "b"', True),
+            ('root ::= "a" x\nx ::= ("b" y)?\ny ::= x', True),
+            ("root ::= r0\nr20 ::= []\n" + "".join(f'r{i} ::= "a" r{i + 1} | "a" r{i + 1}\n' for i in range(20)), True),
+        ],
+    )
+    def test_what_may_be_in_many_places_at_once_is_named(self, text: str, nests: bool) -> None:
+        check_grammar(text, "grammar")
+        assert may_nest(text) is nests
 
     def test_bounds_that_just_hold(self) -> None:
         check_grammar('root ::= "a"{1000} ' + "(" * MAX_DEPTH + '"b"' + ")" * MAX_DEPTH, "grammar")

@@ -12,20 +12,20 @@ from typing import Any
 
 import pytest
 
-from gateway import state
-from gateway.state import Board, ModelState, Required, ServiceState, publishing, service_state
+from gateway.state import Board, ModelState, Seen, ServiceState, publishing, service_state
 from tests.house import soon
 
 M, S = ModelState, ServiceState
 
 # The ends and ways of one model, as the board sees them: its state, and whether it has answered since its last crash.
-NEW = Required(M.OFF, False)
-LOADING = Required(M.LOADING, False)
-READY = Required(M.READY, True)
-IDLE = Required(M.OFF, True)
-AGAIN = Required(M.LOADING, True)
-CRASHED = Required(M.CRASHED, False)
-FAILED = Required(M.FAILED, False)
+NEW = Seen(M.OFF, False)
+LOADING = Seen(M.LOADING, False)
+READY = Seen(M.READY, True)
+IDLE = Seen(M.OFF, True)
+AGAIN = Seen(M.LOADING, True)
+CRASHED = Seen(M.CRASHED, False)
+FAILED = Seen(M.FAILED, False)
+AWAY = Seen(M.LOADING, False, away=True)
 
 
 @pytest.mark.parametrize(
@@ -37,13 +37,13 @@ FAILED = Required(M.FAILED, False)
         # one model
         ([NEW], True, False, S.LOADING),
         ([LOADING], True, False, S.LOADING),
-        ([Required(M.DOWNLOADING, False)], True, False, S.LOADING),
+        ([Seen(M.DOWNLOADING, False)], True, False, S.LOADING),
         ([READY], True, False, S.READY),
         ([IDLE], True, True, S.READY),  # an idle unload keeps ready
-        ([Required(M.STOPPING, True)], True, True, S.READY),
+        ([Seen(M.STOPPING, True)], True, True, S.READY),
         ([AGAIN], True, True, S.READY),  # and so does the load after it
         ([CRASHED], True, True, S.LOADING),
-        ([Required(M.STARTING, False)], True, True, S.LOADING),
+        ([Seen(M.STARTING, False)], True, True, S.LOADING),
         ([FAILED], True, True, S.FAILED),
         ([FAILED], True, False, S.FAILED),
         # several: all must have come to an end state, and one must answer
@@ -60,10 +60,35 @@ FAILED = Required(M.FAILED, False)
         ([READY, IDLE], False, True, S.READY),
         ([CRASHED, FAILED], False, True, S.READY),
         ([LOADING, READY], False, True, S.READY),
+        # a foreign server that does not answer is not waited for, but nobody answers for it
+        ([AWAY, READY], False, False, S.READY),
+        ([AWAY, LOADING], False, False, S.LOADING),
+        ([AWAY, FAILED], False, False, S.LOADING),
+        ([AWAY], True, False, S.LOADING),
     ],
 )
-def test_the_services_state(models: list[Required], single: bool, was_ready: bool, state: ServiceState) -> None:
+def test_the_services_state(models: list[Seen], single: bool, was_ready: bool, state: ServiceState) -> None:
     assert service_state(models, single, was_ready) is state
+
+
+@pytest.mark.parametrize(
+    ("models", "others", "was_ready", "state"),
+    [
+        # a model on demand that has answered is enough, where all that should be resident have come to their ends
+        ([FAILED], [NEW], False, S.FAILED),
+        ([FAILED], [LOADING], False, S.FAILED),
+        ([FAILED], [NEW, READY], False, S.READY),
+        ([FAILED], [IDLE], False, S.READY),
+        ([AWAY], [READY], False, S.READY),
+        ([FAILED, LOADING], [READY], False, S.LOADING),
+        # and its crash keeps ready, until it fails too
+        ([FAILED], [CRASHED], True, S.READY),
+        ([FAILED], [LOADING], True, S.READY),
+        ([FAILED], [FAILED, NEW], True, S.FAILED),
+    ],
+)
+def test_models_on_demand(models: list[Seen], others: list[Seen], was_ready: bool, state: ServiceState) -> None:
+    assert service_state(models, False, was_ready, others) is state
 
 
 def test_what_holds_in_every_row() -> None:
@@ -120,6 +145,13 @@ def test_only_what_must_be_resident_decides() -> None:
     held.set_model("a", M.READY)
     held.set_model("extra", M.FAILED)
     assert held.status is S.READY
+    held = board("broken")
+    held.add_model("extra", required=False)
+    held.set_service(S.LOADING, "loading")
+    held.set_model("broken", M.FAILED)
+    assert str(held.status) == "failed"
+    held.set_model("extra", M.READY)
+    assert str(held.status) == "ready", "one answers"
     nothing = board()
     nothing.add_model("extra", required=False)
     nothing.set_service(S.LOADING, "loading")
@@ -202,10 +234,9 @@ async def test_the_state_is_in_the_file_from_the_first_moment_to_the_last(tmp_pa
     assert read(path)["status"] == "stopped", "nobody publishes any more"
 
 
-async def test_the_heart_beats_without_any_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "HEARTBEAT_SECONDS", 0.01)
+async def test_the_heart_beats_without_any_change_and_never_looks_stale(tmp_path: Path) -> None:
     path = tmp_path / "state"
-    async with publishing(Board(), path):
+    async with publishing(Board(), path, stale_seconds=0.03):
         await soon(path.exists)
         first = read(path)["heartbeat"]
         await soon(lambda: read(path)["heartbeat"] > first)

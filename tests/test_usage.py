@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from gateway.pipeline.account import HEAD_BYTES, TAIL_BYTES
 from gateway.pipeline.dialects import Dialect
-from gateway.pipeline.usage import Usage, usage_of_body, usage_of_stream, with_prefill
+from gateway.pipeline.usage import Usage, ends_of, usage_of_body, usage_of_stream, with_prefill
 from tests import streams
 
 C, T, N, R, M = streams.STREAMS
@@ -137,8 +137,71 @@ def test_of_a_body(dialect: Dialect, body: Any, usage: Usage) -> None:
     assert usage_of_body(dialect, json.dumps(body, separators=(",", ":")).encode()) == usage
 
 
-def test_of_a_body_in_another_hand() -> None:
-    assert usage_of_body(C, json.dumps({"usage": streams.USAGE}, indent=1).encode()) == WHOLE
+@pytest.mark.parametrize("indent", [None, 1])
+def test_of_a_body_in_another_hand(indent: int | None) -> None:
+    def written(body: dict[str, Any]) -> bytes:
+        return json.dumps(body, indent=indent).encode()
+
+    assert usage_of_body(C, written({"usage": streams.USAGE})) == WHOLE
+    assert usage_of_body(N, written({"timings": streams.TIMINGS})) == WHOLE
+    assert usage_of_body(N, written({"tokens_evaluated": 5, "tokens_predicted": 4})) == Usage(5, 4)
+
+
+@pytest.mark.parametrize("final", [streams.chat(usage=False)[-2], streams.native_final()])
+def test_of_a_stream_in_another_hand(final: bytes) -> None:
+    told = json.dumps(json.loads(final.removeprefix(b"data: ")))
+    assert of_stream(C if b"choices" in final else N, b"data: %b\n\n" % told.encode()) == WHOLE
+
+
+# What lies neither in the head nor in the tail
+
+
+def caught(dialect: Dialect, answers: int, data: bytes, *, streamed: bool, piece: int = 999) -> Usage | None:
+    ends = ends_of(dialect, answers, streamed=streamed)
+    assert ends is not None
+    for start in range(0, len(data), piece):
+        ends.see(data[start : start + piece])
+    return ends.total
+
+
+@pytest.mark.parametrize("piece", [1, 7, 999, 1 << 20])
+@pytest.mark.parametrize("dialect", [C, T, N, R])
+def test_answers_that_end_far_apart(dialect: Dialect, piece: int) -> None:
+    """Beside partial events with timings of their own."""
+    one = b"".join(streams.STREAMS[dialect])
+    long = streams.chat_chunk({"content": "x"}, 1, timings=streams.TIMINGS) * 100
+    data = one + long + one + long
+    assert caught(dialect, 2, data, streamed=True, piece=piece) == WHOLE + WHOLE
+    assert caught(dialect, 2, data.replace(b"\n", b"\r\n"), streamed=True, piece=piece) == WHOLE + WHOLE
+    assert caught(dialect, 3, data, streamed=True, piece=piece) is None, "one has not ended"
+
+
+def test_answers_that_tell_usage_and_timings() -> None:
+    final = streams.chat_chunk({}, 0, "stop", timings=streams.TIMINGS)
+    assert caught(C, 2, (final + streams.chat()[-2]) * 2, streamed=True) == WHOLE + WHOLE
+
+
+@pytest.mark.parametrize("piece", [1, 7, 999, 1 << 20])
+def test_timings_in_the_middle_of_a_native_answer(piece: int) -> None:
+    body = streams.native_final(completion_probabilities=[{"id": 1, "token": "x"}] * 1000).removeprefix(b"data: ")
+    assert caught(N, 1, body, streamed=False, piece=piece) == WHOLE
+    assert caught(N, 2, b"[%b,%b]" % (body, body), streamed=False, piece=piece) == WHOLE + WHOLE
+    assert caught(N, 1, b'{"content":"x"}', streamed=False, piece=piece) is None
+
+
+@pytest.mark.parametrize(("dialect", "answers", "streamed"), [(C, 1, True), (C, 2, False), (Dialect.RERANK, 2, True)])
+def test_where_nothing_is_to_be_caught(dialect: Dialect, answers: int, streamed: bool) -> None:
+    assert ends_of(dialect, answers, streamed=streamed) is None
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(st.sampled_from([True, False]), st.lists(st.binary()))
+def test_garbage_is_not_caught(streamed: bool, pieces: list[bytes]) -> None:
+    ends = ends_of(N, 2, streamed=streamed)
+    assert ends is not None
+    for piece in pieces:
+        ends.see(piece)
+    assert ends.total is None
 
 
 def test_of_the_head_and_tail_of_a_big_body() -> None:

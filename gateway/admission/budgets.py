@@ -46,6 +46,10 @@ class Day:
         self.held = 0
 
     def left(self, budget: int) -> int:
+        return max(0, budget - self.used)
+
+    def free(self, budget: int) -> int:
+        """What is left, without what is held for those who run."""
         return max(0, budget - self.used - self.held)
 
     def settle(self, held: int, used: int) -> None:

@@ -14,11 +14,11 @@ import msgspec
 
 from gateway.admission.budgets import DAY_SECONDS, BudgetStore, Day, MemoryBudgets
 from gateway.admission.windows import WINDOW_SECONDS, Mark, Window
-from gateway.errors import ConcurrencyExceeded
 from gateway.overuse import (
     never_so_many_tokens,
     out_of_quota,
     too_many_at_once,
+    too_many_held,
     too_many_requests,
     too_many_tokens,
 )
@@ -51,6 +51,16 @@ class _Caller:
         self.day: Day | None = None
         self.seen = 0.0
 
+    def pass_to(self, now: float) -> None:
+        self.requests.pass_to(now)
+        if self.tokens is not None:
+            self.tokens.pass_to(now)
+
+    def likely_wait(self, now: float) -> float:
+        """Seconds until one that runs will have ended. When that will be nobody knows: a likely time is told."""
+        oldest = next(iter(self.leases.values()))
+        return min(WINDOW_SECONDS, max(1.0, self.held_seconds - (now - oldest)))
+
     def idle(self, now: float) -> bool:
         return self.seen <= now - WINDOW_SECONDS and not self.leases and not (self.day and self.day.held)
 
@@ -77,9 +87,9 @@ class Reservation:
             return
         if claim.rpm:
             self._request = caller.requests.add(now, 1)
-        if claim.tpm and caller.tokens:
+        if claim.tpm and claim.tokens and caller.tokens:
             self._mark = caller.tokens.add(now, claim.tokens)
-        if claim.concurrency:
+        if claim.concurrency or claim.budget:
             caller.leases[id(self)] = now
         if claim.budget and caller.day:
             self._day = caller.day
@@ -88,7 +98,7 @@ class Reservation:
             self.told = _headers(claim, caller, now)
 
     def headers(self) -> Headers:
-        """`x-ratelimit-*`, as it was when the request was let in."""
+        """`x-ratelimit-*`, as it was when the request was let in; after a refund, as it is without it."""
         return self.told
 
     def settle(self, used: int) -> None:
@@ -116,7 +126,9 @@ class Reservation:
             self._caller.tokens.take_back(self._mark, self.claim.tokens)
         self._close(self._caller, 0)
         if self.told:
-            self.told = _headers(self.claim, self._caller, self._clock())
+            now = self._clock()
+            self._caller.pass_to(now)
+            self.told = _headers(self.claim, self._caller, now)
 
     def _close(self, caller: _Caller, used: int) -> None:
         begun = caller.leases.pop(id(self), None)
@@ -160,24 +172,24 @@ class Limits:
         else:
             self._callers.move_to_end(claim.caller)
         caller.seen = now
-        caller.requests.pass_to(now)
-        if claim.tpm:
-            if caller.tokens is None:
-                caller.tokens = Window()
-            caller.tokens.pass_to(now)
-        if claim.budget:
-            self._check_budget(caller, claim, now)
+        if claim.tpm and caller.tokens is None:
+            caller.tokens = Window()
+        caller.pass_to(now)
+        free = self._check_budget(caller, claim, now) if claim.budget else None
         if (claim.rpm and caller.requests.total >= claim.rpm) or claim.tpm:
             _check_windows(caller, claim, now)
         if claim.concurrency and len(caller.leases) >= claim.concurrency:
-            raise _no_lease(caller, claim, now)
+            raise too_many_at_once(claim.concurrency, caller.likely_wait(now), _headers(claim, caller, now))
+        if free is not None and (claim.tokens > free or not free):
+            raise too_many_held(claim.budget, claim.tokens, caller.likely_wait(now), _headers(claim, caller, now))
         return Reservation(caller, claim, now, self._clock)
 
     def __len__(self) -> int:
         """How many callers are remembered."""
         return len(self._callers)
 
-    def _check_budget(self, caller: _Caller, claim: Claim, now: float) -> None:
+    def _check_budget(self, caller: _Caller, claim: Claim, now: float) -> int:
+        """How many of the day's tokens nobody holds. Raises InsufficientQuota where the held ones would not help."""
         wall = self._wall()
         number = int(wall // DAY_SECONDS)
         if caller.day is None or caller.day.number != number:
@@ -186,6 +198,7 @@ class Limits:
         if claim.tokens > left or not left:
             midnight = (number + 1) * DAY_SECONDS - wall
             raise out_of_quota(claim.budget, left, claim.tokens, midnight, _headers(claim, caller, now))
+        return caller.day.free(claim.budget)
 
     def _sweep(self, now: float) -> None:
         """Forget some who have not come for a minute, so that many addresses cost no memory, and no pause."""
@@ -206,19 +219,12 @@ def _check_windows(caller: _Caller, claim: Claim, now: float) -> None:
     tokens = 0.0
     if claim.tpm and claim.tokens > claim.tpm:
         raise never_so_many_tokens(claim.tpm, claim.tokens, _headers(claim, caller, now))
-    if claim.tpm and caller.tokens:
+    if claim.tpm and claim.tokens and caller.tokens:
         tokens = caller.tokens.wait(now, claim.tokens, claim.tpm)
     if requests > 0 and requests >= tokens:
         raise too_many_requests(claim.rpm, requests, _headers(claim, caller, now))
     if tokens > 0:
         raise too_many_tokens(claim.tpm, claim.tokens, tokens, _headers(claim, caller, now))
-
-
-def _no_lease(caller: _Caller, claim: Claim, now: float) -> ConcurrencyExceeded:
-    """When a running request will end nobody knows: a likely time is told."""
-    oldest = next(iter(caller.leases.values()))
-    wait = min(WINDOW_SECONDS, max(1.0, caller.held_seconds - (now - oldest)))
-    return too_many_at_once(claim.concurrency, wait, _headers(claim, caller, now))
 
 
 def _headers(claim: Claim, caller: _Caller, now: float) -> Headers:

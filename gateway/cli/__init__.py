@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gateway import __version__, garbage
+from gateway.cli import output
 from gateway.errors import ConfigError
 
 _EPILOG = """\
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from gateway.cli import serve
 
         return serve.run()
+    output.fill_streams()
     if not given:
         make_parser().print_help(sys.stderr)
         return 2
@@ -64,7 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"corral: {problem}", file=sys.stderr)
         return 1
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
+        output.drop_stdout()
+        return 1
+    except OSError as error:
+        if not output.stdout_failed():
+            raise
+        output.drop_stdout()
+        print(f"corral: nothing more can be shown ({output.why(error)}); send the output elsewhere", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from gateway.environment import read_settings
+from gateway.crosscheck import without_password
+from gateway.environment import models_files_in, read_settings
 from gateway.errors import ConfigError
 from gateway.models.spec import ModelSpec
 from gateway.settings import Settings
@@ -34,22 +34,26 @@ def load_configuration(file: Path | None = None) -> Settings:
 
 def _read(file: Path | None) -> tuple[Settings, list[str]]:
     settings, problems = read_settings()
-    path = file or settings.config_path
-    if path is None:
+    if (path := file or settings.config_path) is None:
         return settings, problems
-    from gateway.models.configured.file import read_models_file
+    from gateway.models.configured.file import find_models_file, read_models_file
 
+    found, warnings, with_models = None, list[str](), not settings.named_model
     try:
-        found = read_models_file(path, with_models=not settings.named_model)
+        if file is not None or "CONFIG_PATH" in settings.explicit:
+            found = read_models_file(path, with_models=with_models)
+        else:
+            found, warnings = find_models_file(models_files_in(settings.data_dir), with_models=with_models)
     except ConfigError as error:
         raise ConfigError(problems + error.problems) from None
-    if not found.has_models and "CONFIG_PATH" not in settings.explicit and file is None:
-        return dataclasses.replace(settings, config_path=None), problems  # some other config.yaml that lies there
-    settings, problems = read_settings(file=found.content, origin=f"{path}: ")
-    warnings = [*settings.warnings, *found.warnings]
+    if found is None:  # only other programs' files
+        return dataclasses.replace(settings, config_path=None, warnings=(*settings.warnings, *warnings)), problems
+    settings, problems = read_settings(file=found.content, origin=f"{found.path}: ")
+    warnings = [*settings.warnings, *warnings, *found.warnings]
     if found.has_models and settings.named_model:
-        warnings.append(f"{path}: its models are ignored, because one model is named")
-    return dataclasses.replace(settings, config_path=path, warnings=tuple(warnings)), [*problems, *found.problems]
+        warnings.append(f"{found.path}: its models are ignored, because one model is named")
+    settings = dataclasses.replace(settings, config_path=found.path, warnings=tuple(warnings))
+    return settings, [*problems, *found.problems]
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -95,7 +99,7 @@ def summary(specs: Iterable[ModelSpec]) -> list[str]:
     """A line for each model: its id, where it comes from, its other names."""
     rows = []
     for spec in specs:
-        url = spec.url and re.sub(r"(?<=://)[^/@]*@", "", spec.url)  # a password has no business on a screen
+        url = spec.url and without_password(spec.url)  # it has no business on a screen
         source = spec.path or url or (f"hf: {spec.hf}" if spec.hf else "MODEL_URL")
         rows.append((spec.id, str(source), f"also {', '.join(spec.aliases)}" if spec.aliases else ""))
     widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gateway.cli import keys_options
+from gateway.cli import keys_options, output
 from gateway.stores.keys import hashes
 from gateway.stores.keys import io as keyio
 from gateway.stores.keys.file import (
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, now: Callable[[], float] = time.time) -> int:
         return _COMMANDS[args.keys_command](args, path, now())
     except _Failed as failed:
         message, code = str(failed), failed.code
-    except BrokenPipeError:
+    except (BrokenPipeError, output.Unwritten):
         raise  # that is stdout, not the file
     except OSError as error:
         message, code = f"{path}: {error.strerror or error}; {_mend(error)}", 1
@@ -93,7 +93,7 @@ def _list(args: argparse.Namespace, path: Path, now: float) -> int:
     records = [_record(line.key, keys.state(line, now), line) for line in keys.lines if line.key]
     problems = [f"line {line.number}: {line.problem}" for line in keys.lines if line.problem]
     if _flag(args, "json"):
-        print(json.dumps({"file": str(path), "keys": records, "problems": problems}, indent=2))
+        output.write(json.dumps({"file": str(path), "keys": records, "problems": problems}, indent=2))
     elif records:
         _print_table(records)
     for problem in problems:
@@ -149,14 +149,14 @@ def _remove(args: argparse.Namespace, path: Path, now: float) -> int:
         for line in lines:
             keys.remove(line)
     if _flag(args, "json"):
-        print(json.dumps({"id": name, "removed": len(lines), "file": str(path)}))
+        output.write(json.dumps({"id": name, "removed": len(lines), "file": str(path)}))
     else:
         _hint(args, f"removed '{name}' from {path}; a running gateway refuses it within 2 seconds")
     return 0
 
 
 def _check(args: argparse.Namespace, path: Path, now: float) -> int:
-    secret = sys.stdin.readline().strip() if args.key == "-" else args.key.strip()
+    secret = _line_of_stdin() if args.key == "-" else args.key.strip()
     if not secret:
         raise _Failed("no key given; write it on the line, or pipe it in with: corral keys check -", 2)
     keys = _load(args, path)
@@ -170,7 +170,7 @@ def _check(args: argparse.Namespace, path: Path, now: float) -> int:
         end = f", expires {record['expires']}" if line.key.expires is not None else ""
         end = end.replace("expires", "expired on") if verdict == "expired" else end
         text = f"{verdict}: {line.key.id} (scope {','.join(record['scopes'])}{end})"
-    print(json.dumps({"result": verdict} | record) if _flag(args, "json") else text)
+    output.write(json.dumps({"result": verdict} | record) if _flag(args, "json") else text)
     return 0 if verdict == "valid" else 1
 
 
@@ -199,6 +199,18 @@ def _hint_permissions(args: argparse.Namespace, path: Path) -> None:
         _hint(args, f"{path} can be read by every user of this machine; if the gateway does not need that: chmod 600")
 
 
+def _line_of_stdin() -> str:
+    """What `-` stands for."""
+    if sys.stdin is None:
+        raise _Failed("stdin is closed, from which - reads; pipe the key in, or give a file: < key.txt")
+    try:
+        return sys.stdin.readline().strip()
+    except OSError as error:
+        raise _Failed(f"stdin cannot be read ({error.strerror or error}); give a file: < key.txt") from None
+    except UnicodeDecodeError:
+        raise _Failed("what came on stdin is not UTF-8", 2) from None
+
+
 def _load(args: argparse.Namespace, path: Path) -> KeyFile:
     try:
         return KeyFile(keyio.read(path, wait=10.0)[0])
@@ -222,7 +234,7 @@ def _new_secret(args: argparse.Namespace, name: str) -> tuple[str, str]:
     if args.secret is None:
         secret = f"sk-{name}-{secrets.token_urlsafe(32)}"
         return secret, secret if args.plaintext else hashes.fast_hash(secret)
-    secret = sys.stdin.readline().strip() if args.secret == "-" else args.secret
+    secret = _line_of_stdin() if args.secret == "-" else args.secret
     problem = hashes.problem(secret)
     if problem or "$" in secret:
         raise _Failed(f"--secret: {problem or 'give the secret itself, not a hash'}", 2)
@@ -291,12 +303,19 @@ def _record(key: Key, state: str, line: Line) -> dict[str, Any]:
 
 def _show_secret(args: argparse.Namespace, path: Path, line: Line, secret: str, more: dict[str, Any]) -> None:
     assert line.key is not None
-    if not _flag(args, "json"):
-        print(secret)
-        return
-    record = _record(line.key, "active", line)
-    del record["line"]
-    print(json.dumps({"id": line.key.id, "key": secret, "file": str(path)} | more | record, indent=2))
+    text = secret
+    if _flag(args, "json"):
+        record = _record(line.key, "active", line)
+        del record["line"]
+        text = json.dumps({"id": line.key.id, "key": secret, "file": str(path)} | more | record, indent=2)
+    try:
+        output.write(text)
+    except OSError as error:
+        output.drop_stdout()
+        raise _Failed(
+            f"key '{line.key.id}' is in {path}, but could not be shown ({output.why(error)}), and never will be; "
+            f"make another secret for it: corral keys rotate --name {line.key.id}"
+        ) from None
 
 
 def _print_table(records: Sequence[dict[str, Any]]) -> None:
@@ -319,7 +338,7 @@ def _print_table(records: Sequence[dict[str, Any]]) -> None:
     rows = [list(columns), *([cell(record[name]) for name in columns.values()] for record in records)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+        output.write("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _mend(error: OSError) -> str:

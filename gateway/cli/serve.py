@@ -8,7 +8,6 @@ import contextlib
 import importlib
 import logging
 import resource
-import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 
@@ -16,6 +15,7 @@ import uvloop
 
 from gateway import garbage
 from gateway.cli.config import load_configuration
+from gateway.cli.signals import Signals, ignore_hangups
 from gateway.environment import instance_name, secrets_in_force
 from gateway.errors import ConfigError
 from gateway.logs import LogWriter, log_folder, logging_to
@@ -45,6 +45,7 @@ def run() -> int:
 
 def run_house(live: Callable[[Settings, LogWriter], Coroutine[object, object, int | None]]) -> int:
     """Settings, logs and a loop for `live`; its exit code. What is wrong with the configuration is told on stderr."""
+    ignore_hangups()
     try:
         settings = load_configuration()
     except ConfigError as error:
@@ -76,13 +77,12 @@ def allow_many_connections() -> None:
 
 
 async def _serve(settings: Settings, writer: LogWriter) -> None:
-    stop, hurry = asyncio.Event(), asyncio.Event()
-    on_signals(stop, hurry)
+    signals = Signals()
     async with open_runtime(settings, writer, load_configuration) as runtime:
         from gateway.app import listening  # while llama-server loads: importing aiohttp takes longer than all before
 
         async with listening(runtime), _jobs_of_nats(runtime):
-            reload_on_sighup(runtime)
+            signals.reload_on_hangup(runtime)
             host = "127.0.0.1" if settings.host in ("0.0.0.0", "::", "") else settings.host
             host = f"[{host}]" if ":" in host else host
             announce_when_ready(
@@ -90,10 +90,9 @@ async def _serve(settings: Settings, writer: LogWriter) -> None:
             )
             runtime.accept()
             garbage.keep_what_stands()
-            await stop.wait()
-            await runtime.drain(hurry)
-        if hurry.is_set():
-            runtime.manager.kill()
+            await signals.stop.wait()
+            await runtime.drain(signals.hurry)
+        signals.kill_when_hurried(runtime)
 
 
 @contextlib.asynccontextmanager
@@ -105,29 +104,6 @@ async def _jobs_of_nats(runtime: Runtime) -> AsyncIterator[None]:
     nats = await asyncio.to_thread(importlib.import_module, "gateway.workers.nats.worker")
     async with nats.taking_jobs(runtime):
         yield
-
-
-def on_signals(stop: asyncio.Event, hurry: asyncio.Event) -> None:
-    """The first SIGTERM or SIGINT drains, a second one ends it at once."""
-
-    def received() -> None:
-        if stop.is_set():
-            hurry.set()
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, received)
-
-
-def reload_on_sighup(runtime: Runtime) -> None:
-    running: set[asyncio.Task[object]] = set()
-
-    def reload() -> None:
-        task: asyncio.Task[object] = asyncio.create_task(runtime.reload(), name="reload")
-        running.add(task)
-        task.add_done_callback(running.discard)
-
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
 
 
 def announce_when_ready(runtime: Runtime, event: str, what: str) -> None:

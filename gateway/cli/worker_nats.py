@@ -8,7 +8,8 @@ import importlib
 
 from gateway import garbage
 from gateway.cli.config import load_configuration
-from gateway.cli.serve import announce_when_ready, on_signals, reload_on_sighup, run_house
+from gateway.cli.serve import announce_when_ready, run_house
+from gateway.cli.signals import Signals
 from gateway.errors import ConfigError
 from gateway.logs import LogWriter
 from gateway.runtime import open_runtime
@@ -37,18 +38,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 async def _work(settings: Settings, writer: LogWriter) -> None:
     if settings.nats_url is None:
         raise ConfigError(["NATS_URL is not set: a NATS worker needs it, such as nats://127.0.0.1:4222"])
-    stop, hurry = asyncio.Event(), asyncio.Event()
-    on_signals(stop, hurry)
+    signals = Signals()
     async with open_runtime(settings, writer, load_configuration) as runtime:
         # while llama-server loads: nats-py takes longer than all before
         nats = await asyncio.to_thread(importlib.import_module, "gateway.workers.nats.worker")
         async with nats.taking_jobs(runtime):
-            reload_on_sighup(runtime)
+            signals.reload_on_hangup(runtime)
             announce_when_ready(runtime, "taking jobs from NATS", "takes jobs from NATS for")
             runtime.board.set_service(ServiceState.LOADING, "loading")
             runtime.board.refresh()
             garbage.keep_what_stands()
-            await stop.wait()
-            await runtime.drain(hurry)
-        if hurry.is_set():
-            runtime.manager.kill()
+            await signals.stop.wait()
+            await runtime.drain(signals.hurry)
+        signals.kill_when_hurried(runtime)

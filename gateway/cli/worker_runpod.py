@@ -70,34 +70,32 @@ def _run(args: argparse.Namespace) -> int:
 
 async def _live(args: argparse.Namespace, settings: Settings, writer: LogWriter) -> int:
     from gateway.cli.config import load_configuration
-    from gateway.cli.serve import on_signals, reload_on_sighup
+    from gateway.cli.signals import Signals
     from gateway.runtime import open_runtime
     from gateway.state import ServiceState
 
     job = args.test_input or _job_in_file(args)
     if job is None:
         _check_place(args)
-    stop, hurry = asyncio.Event(), asyncio.Event()
-    on_signals(stop, hurry)
+    signals = Signals()
     async with open_runtime(settings, writer, load_configuration) as runtime:
-        reload_on_sighup(runtime)
+        signals.reload_on_hangup(runtime)
         runtime.board.set_service(ServiceState.LOADING, "loading")
         runtime.board.refresh()
         if job is not None:
-            code = await _one_job(runtime, job, stop)
+            code = await _one_job(runtime, job, signals.stop)
         elif args.rp_serve_api:
             from gateway.workers.runpod.local import serve_api
 
-            await serve_api(runtime, args.rp_api_host, args.rp_api_port, stop)
-            await runtime.drain(hurry)
+            await serve_api(runtime, args.rp_api_host, args.rp_api_port, signals.stop)
+            await runtime.drain(signals.hurry)
             code = 0
         else:
             from gateway.workers.runpod.worker import take_jobs
 
             garbage.keep_what_stands()
-            code = await take_jobs(runtime, stop, hurry)
-        if hurry.is_set():
-            runtime.manager.kill()
+            code = await take_jobs(runtime, signals.stop, signals.hurry)
+        signals.kill_when_hurried(runtime)
     return code
 
 

@@ -6,6 +6,7 @@ from aiohttp import web
 
 from gateway.errors import NotFound
 from gateway.http.context import RUNTIME
+from gateway.http.visible import named_model
 from gateway.refusals import translate_error
 
 UPSTREAM_SECONDS = 10.0
@@ -19,7 +20,7 @@ async def reload(request: web.Request) -> web.Response:
 async def upstream(request: web.Request) -> web.Response:
     """A loaded llama-server's own view of itself; never loads one."""
     runtime = request.app[RUNTIME]
-    spec = runtime.manager.registry.named(request.match_info["model"])
+    spec = named_model(request, request.match_info["model"])
     what = request.match_info["what"]
     backend = runtime.manager.loaded().get(spec.id)
     if what not in _UPSTREAM:

@@ -25,7 +25,7 @@ BODY = web.RequestKey("body", bytes)  # where it came together with its head
 CALLER = web.RequestKey("caller", str)  # whose limits a request counts on
 
 EXPOSED = (
-    "x-request-id, x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, "
+    "x-request-id, request-id, x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, "
     "x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens, "
     "x-queue-time-ms, x-cache, openai-processing-ms, retry-after, retry-after-ms, x-should-retry"
 )

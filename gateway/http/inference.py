@@ -50,7 +50,7 @@ async def infer(request: web.Request) -> web.StreamResponse:
     runtime = request.app[RUNTIME]
     connection, transport = request.protocol, request.transport
     assert isinstance(connection, ClientConnection)
-    body = body_at_hand(request)
+    body = body_at_hand(request, runtime.settings.max_request_body_size)
     if body is None:
         body = await read_body(request, runtime.settings, runtime.budget)
     large = len(body) > LARGE_BYTES and not _is_form(request)
@@ -162,16 +162,18 @@ async def expected(request: web.Request) -> None:
     """`Expect: 100-continue` waits for `read_body`: a refusal comes before the body. Other wishes are ignored."""
 
 
-def body_at_hand(request: web.Request) -> bytes | None:
-    """The whole body, where it has come already. Raises UnsupportedMediaType."""
+def body_at_hand(request: web.Request, bound: int) -> bytes | None:
+    """The whole body, where it has come already. Raises PayloadTooLarge, UnsupportedMediaType."""
     if BODY in request:
-        return request[BODY]
+        return request[BODY]  # with a Content-Length, which was looked at
     encoding = request.headers.get("Content-Encoding")
     if encoding is not None and encoding.lower() != "identity":
         raise UnsupportedMediaType(f"Content-Encoding is {encoding[:40]}: send the body as it is")
     content = request.content
     if not content.is_eof():
         return None
+    if content.total_bytes > bound:  # it was sent in chunks, without telling how much
+        raise too_large(bound)
     return content.read_nowait(-1) if content.total_bytes else b""
 
 
@@ -190,7 +192,7 @@ async def read_body(request: web.Request, settings: Settings, budget: ByteBudget
         async with asyncio.timeout(settings.client_body_timeout):
             while part := await content.readany():
                 if size + len(part) > bound:
-                    raise PayloadTooLarge(f"the body is larger than the {bound} bytes of MAX_REQUEST_BODY_SIZE")
+                    raise too_large(bound)
                 budget.hold(len(part))
                 size += len(part)
                 parts.append(part)
@@ -199,6 +201,10 @@ async def read_body(request: web.Request, settings: Settings, budget: ByteBudget
     finally:
         budget.release(size)
     return b"".join(parts)
+
+
+def too_large(bound: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"the body is larger than the {bound} bytes of MAX_REQUEST_BODY_SIZE")
 
 
 def _is_form(request: web.Request) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from aiohttp import web
 
 from gateway.errors import BadRequest, MethodNotAllowed, ModelNotFound, ShuttingDown, UnsupportedMediaType
-from gateway.http.context import RUNTIME
+from gateway.http.context import KEY, RUNTIME
 from gateway.http.inference import read_body
 from gateway.http.visible import named_model, visible_specs
 from gateway.models.gguf.header import GGUFError, read_header
@@ -134,11 +134,13 @@ async def load(request: web.Request) -> web.Response:
 
 
 async def eject(request: web.Request) -> web.Response:
-    """Answers when the model is off. It is unloaded also if the client does not wait for that."""
+    """Answers when the model has no server any more. It is unloaded also if the client does not wait for that."""
     runtime = request.app[RUNTIME]
     spec, force = await command(request)
     await runtime.manager.eject(spec.id, force=force)
-    return web.json_response({"model": spec.id, "status": ModelState.OFF})
+    status = runtime.board.models.get(spec.id)  # one that has failed stays so
+    failed = status is not None and status.state is ModelState.FAILED
+    return web.json_response({"model": spec.id, "status": ModelState.FAILED if failed else ModelState.OFF})
 
 
 async def reset(request: web.Request) -> web.Response:
@@ -152,7 +154,8 @@ async def reset(request: web.Request) -> web.Response:
 async def plan(request: web.Request) -> web.Response:
     """What loading the model would evict, and why; nothing is done."""
     spec, _ = await command(request)
-    return web.json_response(dataclasses.asdict(await request.app[RUNTIME].manager.plan(spec.id)))
+    told = await request.app[RUNTIME].manager.plan(spec.id, request[KEY].may_use)
+    return web.json_response(dataclasses.asdict(told))
 
 
 async def command(request: web.Request) -> tuple[ModelSpec, bool]:

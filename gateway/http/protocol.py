@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("corral.http")
 
 KEEP_ALIVE_SECONDS = 75.0
+STALLED_SECONDS = 60.0  # a client that has taken no byte for so long is gone, as nginx's send_timeout has it
 MAX_HEAD_BYTES = 128 * 1024  # of a head that comes in pieces; MAX_HEADERS alone would allow 512 KB a connection
 _WITHOUT_VERSION = re.compile(rb"[A-Z]{1,20} [^ \r\n]*\r?\n")
 
@@ -37,7 +38,10 @@ class ClientConnection(RequestHandler):
     """aiohttp's connection, with our errors, with the splice that an answer may be written through, and with a short
     way for hot routes."""
 
-    __slots__ = ("_answered", "_body", "_head_bytes", "_head_of", "_head_since", "_hot", "_owed", "_ready", "splice")
+    __slots__ = (
+        "_answered", "_body", "_head_bytes", "_head_of", "_head_since", "_hot", "_owed", "_ready", "_unsent",
+        "_unsent_since", "splice",
+    )  # fmt: skip
 
     def __init__(self, server: web.Server, hot: HotRoutes, **about: Any) -> None:
         super().__init__(server, **about)
@@ -52,6 +56,7 @@ class ClientConnection(RequestHandler):
         self._head_bytes = 0
         self._owed: int | None = 0  # bytes to the end of a request; None: it is not known where one ends
         self._ready: HotRequest | None = None  # one that has not gone through the parser
+        self._unsent, self._unsent_since = 0, 0.0  # as it was last seen, and since when it has not shrunk
         # A slow reader then holds what was read from llama-server at once, 256 KB at most, and nothing more.
         cast(asyncio.Transport, transport).set_write_buffer_limits(0)
         super().connection_made(transport)
@@ -232,8 +237,19 @@ class ClientConnection(RequestHandler):
         elif self._head_bytes == len(data) and _WITHOUT_VERSION.match(data):
             self._refuse(BadRequest("this is HTTP/0.9, which is not served"))
 
-    def expire(self, now: float, header_timeout: float) -> None:
-        """Cut a connection whose request head does not come to its end."""
+    @property
+    def unsent(self) -> int:
+        """Bytes of answers that the client has not taken yet."""
+        return self.transport.get_write_buffer_size() if self.writing_paused and self.transport is not None else 0
+
+    def expire(self, now: float, header_timeout: float, stalled_timeout: float) -> None:
+        """Cut a connection whose request head does not come to its end, or whose client takes nothing any more."""
+        before, self._unsent = self._unsent, self.unsent
+        if not before or self._unsent < before:
+            self._unsent_since = now
+        elif now - self._unsent_since >= stalled_timeout and self.transport is not None:
+            self.transport.abort()  # as if it had left: whoever does not read keeps a place from the others
+            return
         if self._head_since is None or now - self._head_since < header_timeout:
             return
         if self._head_of == self._request_count:
@@ -316,7 +332,12 @@ def connection_factory(server: web.Server, settings: Settings, hot: HotRoutes) -
     return make
 
 
-def expire_connections(server: web.Server, now: float, header_timeout: float) -> None:
+def expire_connections(server: web.Server, now: float, settings: Settings) -> None:
+    stalled_timeout = min(STALLED_SECONDS, settings.request_timeout)
     for connection in server.connections:
         if isinstance(connection, ClientConnection):
-            connection.expire(now, header_timeout)
+            connection.expire(now, settings.client_header_timeout, stalled_timeout)
+
+
+def is_unsent(server: web.Server) -> bool:
+    return any(isinstance(connection, ClientConnection) and connection.unsent for connection in server.connections)

@@ -67,7 +67,7 @@ class Living(Ending):
     async def _until_wanted(self) -> None:
         """And until the back-off after a crash is over. What speaks against it is told without its being wanted."""
         while True:
-            if self.state is not ModelState.FAILED and (problem := await self._look_again()):
+            if self.state is not ModelState.FAILED and (problem := await self.look_again()):
                 self._fail(problem)
             left: float | None = None
             if self._wanted and self.state is not ModelState.FAILED:

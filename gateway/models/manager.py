@@ -11,7 +11,7 @@ from gateway.backend import Backend
 from gateway.errors import BadRequest
 from gateway.models.local import LocalOwner
 from gateway.models.memory.landlord import Landlord
-from gateway.models.overview import MemoryView, Plan, foretell, memory_view
+from gateway.models.overview import MemoryView, Plan, foretell, hopeless, memory_view
 from gateway.models.owner import Lease, Owner
 from gateway.models.plan import Herd, Planner
 from gateway.models.policy import Need, preload_what_fits
@@ -114,13 +114,20 @@ class Manager:
         owner.reset()
         return owner.id
 
-    async def plan(self, name: str) -> Plan:
-        """What loading it now would evict, and why. Raises BadRequest for one that takes no memory of ours."""
+    async def plan(self, name: str, visible: Callable[[str], bool] = lambda _: True) -> Plan:
+        """What loading it now would evict, and why; other models are named if they are `visible` to who asks.
+
+        Raises BadRequest for one that takes no memory of ours.
+        """
         owner = self._named(name)
         if not isinstance(owner, LocalOwner):
             raise BadRequest(f"{owner.id} is served by another machine: it takes no memory here")
-        booked = self.landlord.needs.get(owner.id)
-        return foretell(owner, booked if booked is not None else await owner.estimate(), self.landlord)
+        need = self.landlord.needs.get(owner.id)
+        if need is None:
+            if problem := await owner.look_again():
+                return hopeless(owner, problem)
+            need = await owner.estimate()
+        return foretell(owner, need, self.landlord, visible)
 
     def herd(self) -> Herd:
         """What a plan must know of the others."""

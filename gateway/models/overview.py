@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from gateway.models.local import LocalOwner
-from gateway.models.memory.landlord import MIB, Landlord, mib
+from gateway.models.memory.landlord import MIB, Landlord, mib, named
 from gateway.models.owner import Owner
 from gateway.models.policy import Need
 from gateway.state import Board, ModelState
@@ -63,8 +63,15 @@ class MemoryView:
     can_load_more: bool
 
 
-def foretell(owner: LocalOwner, need: Need, landlord: Landlord) -> Plan:
-    """What loading it now would do; `need` is what it has booked, or would book."""
+def hopeless(owner: LocalOwner, problem: str) -> Plan:
+    """It would fail before it took anybody's room."""
+    return Plan(owner.id, False, False, 0, (), (), problem)
+
+
+def foretell(
+    owner: LocalOwner, need: Need, landlord: Landlord, visible: Callable[[str], bool] = lambda _: True
+) -> Plan:
+    """What loading it now would do; `need` is what it has booked, or would book. Others are named if `visible`."""
     booked, room = owner.id in landlord.needs, landlord.ask(owner, need)
     evict, busy = room.evict, room.busy
     if booked:
@@ -72,27 +79,23 @@ def foretell(owner: LocalOwner, need: Need, landlord: Landlord) -> Plan:
     elif room.fits:
         reason = "there is room"
     elif room.never:
-        reason = landlord.refusal(owner, need, room).message
+        reason = landlord.refusal(owner, need, room, visible).message
     elif room.evict:
-        reason = f"{', '.join(room.evict)} would go: least recently used, and idle"
+        reason = f"{named(room.evict, visible)} would go: least recently used, and idle"
     elif room.look_again_at is not None:
         evict, busy = room.busy, ()
-        reason = f"{', '.join(evict)} would go, in a moment: idle, and loaded only now"
+        reason = f"{named(evict, visible)} would go, in a moment: idle, and loaded only now"
     else:
-        reason = f"it would wait until {_are(room.busy)} idle"
+        reason = f"it would wait until {named(room.busy, visible)} {'is' if len(room.busy) == 1 else 'are'} idle"
     return Plan(
         model=owner.id,
         fits=booked or not room.never,
         already_loaded=owner.backend is not None,
         need_mb=mib(need, landlord.budget),
-        evict=evict if not booked else (),
-        blocked_by=busy if not booked else (),
+        evict=tuple(filter(visible, evict)) if not booked else (),
+        blocked_by=tuple(filter(visible, busy)) if not booked else (),
         reason=reason,
     )
-
-
-def _are(names: Sequence[str]) -> str:
-    return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'}"
 
 
 def memory_view(owners: Mapping[str, Owner], board: Board, landlord: Landlord, margin_mb: int) -> MemoryView:

@@ -218,6 +218,15 @@ class Owner(ABC):
     def reset(self) -> None:
         """What failed is off again, and may be tried anew."""
 
+    async def look_again(self) -> str | None:
+        """What speaks against this model before it is tried, by now."""
+        spec = self.spec
+        if spec.problem and spec.look_again is not None:
+            seen = await asyncio.to_thread(spec.look_again)
+            if self.spec is spec:  # else it was configured otherwise meanwhile
+                self.spec = seen
+        return self.spec.problem
+
     # --- for subclasses
 
     @abstractmethod
@@ -269,15 +278,6 @@ class Owner(ABC):
         status = self._board.models[self.spec.id]
         if status.state is ModelState.FAILED:
             raise self._refusal(f"{self.spec.id} has failed: {status.error_message}", retry_after=60)
-
-    async def _look_again(self) -> str | None:
-        """What speaks against this model before it is tried, by now."""
-        spec = self.spec
-        if spec.problem and spec.look_again is not None:
-            seen = await asyncio.to_thread(spec.look_again)
-            if self.spec is spec:  # else it was configured otherwise meanwhile
-                self.spec = seen
-        return self.spec.problem
 
     async def _learn(self, backend: Backend) -> None:
         """Ask the server for its slots and context; one that does not tell is used with what is configured."""

@@ -16,14 +16,15 @@ import secrets
 import signal
 import tempfile
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import msgspec
 
 from gateway.backend import Backend
 from gateway.errors import BackendError, BackendTimeout, BadRequest, CorralError
-from gateway.models.gguf.tiny import CONTEXT, tiny_model
+from gateway.models.gguf.tiny import CONTEXT, tiny_model, token_of
 from gateway.models.ports import Ports, Stranger, answers
 from gateway.models.process import Process
 
@@ -31,7 +32,9 @@ CPU_SECONDS = 5  # what takes longer would keep the serving llama-server from ev
 MEMORY_MB = 1024
 READY_SECONDS, ANSWER_SECONDS = 30.0, 20.0
 TOKENS = 64
+FAVOURITES = 32  # characters, each of which is preferred for once
 REMEMBERED = 512
+AT_ONCE = 3  # tests, of different callers: each may take seconds
 _OUTPUT_BYTES = 256 * 1024
 _POLL_SECONDS = 0.01
 _STOP_SECONDS = 2.0
@@ -46,8 +49,10 @@ _LIMITED = (
 # It must not take memory on a GPU that models have booked.
 _NO_GPU = {"CUDA_VISIBLE_DEVICES": "-1", "HIP_VISIBLE_DEVICES": "-1", "ROCR_VISIBLE_DEVICES": ""}
 # Strings, character classes and comments are skipped.
-_GBNF = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*|(?P<token>!?<[^<>\s]*>)', re.DOTALL)
+_GBNF = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\r\n]*|(?P<token>!?<[^<>\s]*>)', re.DOTALL)
+_LITERAL = re.compile(r'"((?:\\.|[^"\\])*)"|\[(?:\\.|[^\]\\])*\]|#[^\r\n]*', re.DOTALL)
 _ROOT = re.compile(r"^[ \t]*root[ \t]*::=", re.MULTILINE)
+_ESCAPED = {"\\n": "\n", "\\r": "\r", "\\t": "\t", '\\"': '"', "\\\\": "\\"}
 _COMPLAINTS = (b"error parsing grammar: ", b"unsupported grammar, ")
 _LINE = re.compile(rb"[^\r\n]*")
 
@@ -61,13 +66,15 @@ class _Complaint(msgspec.Struct):
 
 
 class GrammarParser:
-    """Tests grammars one after the other; what was tested before is remembered by its text. Belongs to the loop."""
+    """Tests grammars, those of one caller one after the other, so that one who sends many that take long does not keep
+    others waiting. What was tested before is remembered by its text. Belongs to the loop."""
 
     def __init__(self, binary: Path | None, environment: Mapping[str, str], ports: Ports | None = None) -> None:
         self._binary = binary
         self._environment = {**environment, **_NO_GPU}
         self._ports = ports or Ports()
-        self._turn = asyncio.Lock()
+        self._places = asyncio.Semaphore(AT_ONCE)
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._known: OrderedDict[bytes, str | None] = OrderedDict()
 
     def identity(self) -> str | None:
@@ -78,21 +85,24 @@ class GrammarParser:
             return None
         return f"{found.st_size:x}-{found.st_mtime_ns:x}" if found else None
 
-    async def test(self, text: str) -> None:
+    async def test(self, text: str, caller: str = "") -> None:
         """Raises BadRequest with the parser's message for a grammar that must not be used, Untested.
 
-        Without a binary everything passes: the models are those of others, who have parsers of their own.
+        Whoever waits is `caller`. Without a binary everything passes: the models are those of others, who have
+        parsers of their own.
         """
         identity = self.identity()
         if identity is None or self._binary is None:
             return
         known = hashlib.sha256(f"{identity}\n{text}".encode(errors="surrogatepass")).digest()
-        async with self._turn:
-            if known not in self._known:
-                self._known[known] = await self._judge(self._binary, text)
-                if len(self._known) > REMEMBERED:
-                    self._known.popitem(last=False)
-            self._known.move_to_end(known)
+        if known not in self._known:
+            turn = self._turns.setdefault(caller, asyncio.Lock())
+            async with turn, self._places:
+                if known not in self._known:
+                    self._known[known] = await self._judge(self._binary, text)
+            if len(self._known) > REMEMBERED:
+                self._known.popitem(last=False)
+        self._known.move_to_end(known)
         if (complaint := self._known[known]) is not None:
             raise BadRequest(complaint, param="content")
 
@@ -101,16 +111,19 @@ class GrammarParser:
         async with self._server(binary) as (process, backend, output):
             try:
                 async with asyncio.timeout(ANSWER_SECONDS):
-                    reply = await backend.request("POST", "/v1/completions", _request(text))
-                    status, body = reply.status, await reply.read(_OUTPUT_BYTES)
+                    for request in _requests(text):
+                        reply = await backend.request("POST", "/v1/completions", request)
+                        body = await reply.read(_OUTPUT_BYTES)
+                        if reply.status != 200:
+                            break
+                    else:
+                        return None
             except TimeoutError:
                 return f"llama-server's parser did not get through with it in {ANSWER_SECONDS:g} s"
             except (BackendError, BackendTimeout) as error:
                 if await process.ended_within(_STOP_SECONDS):
                     return why_ended(process.status)
                 raise Untested(f"the grammar could not be tested: {error.message}") from None
-            if status == 200:
-                return None
             backend.close()
             await process.stop(_STOP_SECONDS)  # and so its last words are read
             return explain(text, body, bytes(output))
@@ -151,7 +164,7 @@ async def _until_ready(process: Process, backend: Backend) -> None:
     deadline = asyncio.get_running_loop().time() + READY_SECONDS
     while process.running and asyncio.get_running_loop().time() < deadline:
         try:
-            if await answers(backend):
+            if await answers(backend, process.pid):
                 return
         except Stranger as stranger:
             raise Untested(f"the grammar could not be tested: {stranger}") from None
@@ -173,11 +186,25 @@ def _arguments(model: str, port: int) -> Sequence[str]:
     return ["-m", model, "-c", str(CONTEXT), "--port", str(port), *fixed.split()]
 
 
-def _request(text: str) -> bytes:
+def _requests(text: str) -> Iterator[bytes]:
     """Without samplers every token that the grammar allows is as likely as the others; the seed is fixed, so that the
-    answer to the same text is always the same."""
+    answer to the same text is always the same.
+
+    By chance alone one that nests would soon take its way out (`r ::= "a" r "b" | "a" r "c" | "d"`). So each character
+    with which a literal begins is preferred for once.
+    """
     asked = {"prompt": [1], "max_tokens": TOKENS, "seed": 1, "temperature": 1.0, "samplers": []}
-    return msgspec.json.encode(asked | {"grammar": without_tokens(text)})
+    asked |= {"grammar": without_tokens(text)}
+    yield msgspec.json.encode(asked)
+    for character in _favourites(text):
+        bias = [[token_of(byte), 100] for byte in character.encode(errors="replace")]
+        yield msgspec.json.encode(asked | {"logit_bias": bias})
+
+
+def _favourites(text: str) -> list[str]:
+    literals = [match[1] for match in _LITERAL.finditer(text) if match[1]]
+    firsts = dict.fromkeys(_ESCAPED.get(literal[:2], literal[0]) for literal in literals)
+    return list(firsts)[:FAVOURITES]
 
 
 def without_tokens(text: str) -> str:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import socket
 from typing import cast
+from urllib.parse import urlsplit
 
 from gateway.backend import Backend
 from gateway.errors import BackendError, BackendTimeout
+from gateway.models.listeners import who_listens
 
 # Below those that Linux gives to outgoing connections and to whoever does not mind which (ip_local_port_range, from
 # 32768 on): a server that is being started does not listen yet, and its port must not be anybody else's meanwhile.
 FURTHER = range(20_000, 32_000)
 _TRIES = 64
 _SECONDS = 5.0
+_REFUSED = (401, 403)
 
 
 class Stranger(Exception):
@@ -45,22 +49,36 @@ class Ports:
         self._taken.discard(port)
 
 
-async def answers(backend: Backend) -> bool:
-    """Whether a llama-server that was started on a port of ours is up.
+async def answers(backend: Backend, pid: int) -> bool:
+    """Whether the llama-server that was started as process `pid` is up.
 
-    Raises Stranger if it is not the one which was started: no other one takes the key of this start, but all of them
-    tell everybody that they are well.
+    Raises Stranger if it is another program that answers. All tell everybody that they are well. One that asks for a
+    key does not take that of this start. One that asks for none is known by who listens, and by that alone only where
+    ours listens as well: a wrapper may have somebody else run it, and a build may know no keys.
     """
     try:
         status, _ = await backend.get("/health", _SECONDS)
         if status != 200:
             return False
         status, _ = await backend.get("/props", _SECONDS)
+        strange = status in _REFUSED
+        if not strange:
+            ours, others = await asyncio.to_thread(who_listens, urlsplit(backend.url).port or 0, pid)
+            strange = others and (ours or await _asks_for_no_key(backend.url))
     except (BackendError, BackendTimeout):
         return False  # it does not listen yet
-    if status in (401, 403):
+    if strange:
         raise Stranger(f"another program answers at {backend.url}, where this llama-server should")
     return True
+
+
+async def _asks_for_no_key(url: str) -> bool:
+    nobody = Backend(url)
+    try:
+        status, _ = await nobody.get("/props", _SECONDS)
+    finally:
+        nobody.close()
+    return status not in _REFUSED
 
 
 def _bindable(port: int) -> int | None:

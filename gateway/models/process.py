@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import BinaryIO, cast
 
 from gateway.models.output import Output
 
@@ -17,13 +17,14 @@ OUTPUT_SECONDS = 1.0  # for the last lines of a process that has ended
 
 
 class Process(asyncio.SubprocessProtocol):
-    """A child in its own process group that dies with the gateway, however that dies.
+    """A child in its own process group, which dies with the gateway, however that dies.
 
     Its output comes in whole reads, goes to `output`, and the last lines are kept to explain an exit.
     """
 
-    def __init__(self, output: Output) -> None:
+    def __init__(self, output: Output, leash: BinaryIO) -> None:
         self._output = output
+        self._leash = leash
         self._transport: asyncio.SubprocessTransport | None = None
         self._exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
@@ -38,22 +39,27 @@ class Process(asyncio.SubprocessProtocol):
         """
         reader = Output(output)
         writable = reader.open()
+        held_by_guard, held_by_us = os.pipe()
+        leash = os.fdopen(held_by_us, "wb", buffering=0)
+        prefix = parent_death_prefix()
         try:
             _, process = await asyncio.get_running_loop().subprocess_exec(
-                lambda: cls(reader),
-                *parent_death_prefix(),
+                lambda: cls(reader, leash),
+                *prefix,
                 *argv,
                 env=dict(environment),
-                stdin=asyncio.subprocess.DEVNULL,
+                stdin=held_by_guard if prefix else asyncio.subprocess.DEVNULL,
                 stdout=writable,
                 stderr=asyncio.subprocess.STDOUT,
                 start_new_session=True,
             )
         except BaseException:
             reader.close()
+            leash.close()
             raise
         finally:
             os.close(writable)
+            os.close(held_by_guard)
         return process
 
     @property
@@ -140,23 +146,33 @@ class Process(asyncio.SubprocessProtocol):
             self._exited.set_result(status if status is not None else -signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)  # whatever it may have started itself
+        self._leash.close()
 
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, number)
 
 
-def parent_death_prefix() -> list[str]:
-    """The command that makes the kernel end the child when the gateway is killed; empty where there is none.
+# A guard in the child's group: when the gateway's end of the pipe is closed, it kills the group. A signal to the group
+# must not end it before the others.
+_GUARD = """/bin/sh -c 'trap "" TERM; read -r _; kill -KILL -"$0"' $$ <&3 3<&- >/dev/null 2>&1 &"""
+_BEGIN = f"""[ "$PPID" = "$0" ] || exit 1
+exec 3<&0 </dev/null
+{_GUARD}
+exec "$@" 3<&-"""
 
-    The shell looks whether the gateway still lives, for it may have been killed before setpriv had spoken; then it
-    becomes the command itself.
+
+def parent_death_prefix() -> list[str]:
+    """The command that ends the child and its group when the gateway is killed; empty where there is none.
+
+    Its input is a pipe whose other end is the gateway's alone. The kernel kills the child itself; what a wrapper
+    has started, which only the guard sees, follows. The shell looks whether the gateway still lives, for it may have
+    been killed before setpriv had spoken; then it becomes the command itself.
     """
     setpriv = shutil.which("setpriv")
     if setpriv is None:
         return []
-    check = '[ "$PPID" = "$0" ] || exit 1; exec "$@"'
-    return [setpriv, "--pdeathsig", "KILL", "--", "/bin/sh", "-c", check, str(os.getpid())]
+    return [setpriv, "--pdeathsig", "KILL", "--", "/bin/sh", "-c", _BEGIN, str(os.getpid())]
 
 
 def _signal_name(number: int) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from gateway.environment import child_environment
 from gateway.errors import ConfigError, ModelNotFound
@@ -105,16 +106,34 @@ def _single(settings: Settings) -> ModelSpec:
     if settings.model_path:
         return _of_file(_existing(settings.model_path))
     if settings.model_url:
-        stem = settings.model_name or settings.model_url.partition("?")[0].rstrip("/").rpartition("/")[2]
+        name = settings.model_name or _file_of(settings.model_url)
         return ModelSpec(
-            id=model_id(Path(stem)) or "model", download_url=settings.model_url, sha256=settings.model_sha256
+            id=model_id(Path(name)) or "model", download_url=settings.model_url, sha256=settings.model_sha256
         )
     if settings.model_hf:
-        repository, _, quant = settings.model_hf.partition(":")
-        name = repository.rpartition("/")[2] + (f"-{quant}" if quant else "")
-        return ModelSpec(id=settings.model_name or name, hf=settings.model_hf)
+        return _on_hub(settings.model_hf, settings.model_name)
     assert settings.model_name
     return _of_file(_named(settings.models_dir, settings.model_name))
+
+
+def _file_of(url: str) -> str:
+    """What the file will be called."""
+    from gateway.models.fetching.partial import safe_name  # only who fetches pays for it
+
+    return safe_name(unquote(urlsplit(url).path.rstrip("/")))
+
+
+def _on_hub(name: str, model_id: str | None) -> ModelSpec:
+    """Raises ConfigError."""
+    from gateway.models.fetching.hub import HubModel
+    from gateway.models.fetching.partial import DownloadError
+
+    try:
+        model = HubModel.parse(name)
+    except DownloadError:
+        raise ConfigError([f"MODEL_HF={name!r}: must be user/repo or user/repo:quant"]) from None
+    own = model.repo.rpartition("/")[2] + (f"-{model.quant}" if model.quant else "")
+    return ModelSpec(id=model_id or own, hf=str(model))
 
 
 def _of_file(path: Path) -> ModelSpec:
@@ -126,10 +145,14 @@ def _of_file(path: Path) -> ModelSpec:
 
 
 def _existing(path: Path) -> Path:
-    if path.is_dir():
-        return _one_in(path, f"MODEL_PATH={str(path)!r}")
-    if not path.is_file():
-        raise ConfigError([f"MODEL_PATH={str(path)!r}: no such file"])
+    place = f"MODEL_PATH={str(path)!r:.200}"
+    try:
+        if path.is_dir():
+            return _one_in(path, place)
+        if not path.is_file():
+            raise ConfigError([f"{place}: no such file"])
+    except OSError as error:
+        raise ConfigError([f"{place}: {error.strerror}"]) from None
     return path
 
 

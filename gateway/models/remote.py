@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import Callable
 
 from gateway.backend import Backend
-from gateway.errors import CorralError
+from gateway.errors import CorralError, ModelLoading
 from gateway.events import Events
 from gateway.models.fingerprint import Stamp, as_it_lies
 from gateway.models.owner import Owner
@@ -28,6 +29,7 @@ class RemoteOwner(Owner):
         self._server = connect(spec)
         self._met = secrets.token_hex(8)
         self._shown = spec.url.partition("://")[0] + "://" + spec.url.partition("://")[2].rpartition("@")[2]
+        self._absent = f"no healthy llama-server at {self._shown}"
 
     @property
     def server(self) -> Backend:
@@ -55,20 +57,21 @@ class RemoteOwner(Owner):
         return
 
     async def notice_death(self, generation: int) -> None:
-        if self.backend is not None and generation == self.generation and not await self._healthy():
-            self._gone()
+        if self.backend is not None and generation == self.generation and (why := await self._wrong()):
+            self._away(why)
 
     async def _live(self) -> None:
         if self.spec.problem:
             await self._until_mended()
         self._set(ModelState.LOADING)
         while True:
-            healthy = await self._healthy()
-            if healthy and self.backend is None:
+            why = await self._wrong()
+            if why is None and self.backend is None:
+                self._board.set_model(self.spec.id, away=False)
                 await self._ready(self._server)
                 self._events.emit("model.loaded", f"{self.spec.id} answers at {self._shown}", model=self.spec.id)
-            elif not healthy and self.backend is not None:
-                self._gone()
+            elif why is not None and why != self._board.models[self.spec.id].error_message:
+                self._away(why)
             self._wake.clear()
             try:
                 async with asyncio.timeout(FAST_POLL_SECONDS if self.backend is None else SLOW_POLL_SECONDS):
@@ -77,7 +80,7 @@ class RemoteOwner(Owner):
                 continue
 
     async def _until_mended(self) -> None:
-        while problem := await self._look_again():
+        while problem := await self.look_again():
             self._failed(problem)
             while self.state is ModelState.FAILED:  # a reset lets it be looked at anew
                 self._wake.clear()
@@ -85,16 +88,30 @@ class RemoteOwner(Owner):
         self._server.close()
         self._server = self._connect(self.spec)  # with the key that it lacked
 
-    def _gone(self) -> None:
+    def _away(self, why: str) -> None:
+        """It is looked for again and again. One that has never been there may still be loading."""
+        coming = self.state is ModelState.LOADING and why == self._absent
         self._not_ready()
-        message = f"no healthy llama-server at {self._shown}"
-        self._set(ModelState.CRASHED, error_message=message)
-        self._events.emit("model.crashed", f"{self.spec.id}: {message}", logging.WARNING, model=self.spec.id)
+        self._set(ModelState.LOADING if coming else ModelState.CRASHED, error_message=why, away=True)
+        if not coming:
+            self._events.emit("model.crashed", f"{self.spec.id}: {why}", logging.WARNING, model=self.spec.id)
         self._wake.set()
 
-    async def _healthy(self) -> bool:
+    async def _wrong(self) -> str | None:
+        """Why it cannot be used. /health alone tells everybody that it is well, whatever their key."""
         try:
             status, _ = await self._server.get("/health", _HEALTH_SECONDS)
         except CorralError:
-            return False
-        return status == 200
+            return self._absent
+        if status != 200:
+            return self._absent
+        with contextlib.suppress(CorralError):  # whatever else it makes of /props: it need not know it
+            status, _ = await self._server.get("/props", _HEALTH_SECONDS)
+        if status != 401:  # a 403 may be a proxy's, which hides /props from everybody
+            return None
+        mend = self.spec.api_key_env or "LLAMA_API_KEY_FILE, or api_key_env in the models file"
+        return f"the llama-server at {self._shown} refuses the gateway's key: set {mend}"
+
+    def _too_late(self) -> CorralError:
+        why = self._board.models[self.spec.id].error_message
+        return ModelLoading(f"{self.spec.id}: {why}", retry_after=5) if why else super()._too_late()

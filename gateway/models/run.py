@@ -112,7 +112,7 @@ class Run:
         process, pause = self.process, _FIRST_POLL_SECONDS
         while process.running and self.seconds < LOAD_SECONDS:
             try:
-                self.ready = await answers(self.backend)
+                self.ready = await answers(self.backend, process.pid)
             except Stranger as stranger:
                 return str(stranger)
             if self.ready:

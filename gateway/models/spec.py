@@ -33,6 +33,7 @@ class ModelSpec:
     defaults: Mapping[str, Any] = field(default_factory=dict)  # JSON values, where a request is silent
     api_key_env: str | None = None  # the variable that holds the key for `url`
     chat_template_file: Path | None = None
+    chat_template_sha256: str | None = None  # of what is in it, so that a file that was edited makes another spec
     prompt_template: PromptTemplate | None = None
     embedding: bool | None = None  # None: the file's header decides when the model is loaded
     problem: str | None = None  # why this model cannot be loaded, known before it is tried

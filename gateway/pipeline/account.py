@@ -12,10 +12,11 @@ import msgspec
 from gateway.errors import CorralError, TooManyRequests
 from gateway.metrics import Metrics
 from gateway.pipeline.call import Call
+from gateway.pipeline.claims import BYTES_PER_TOKEN
 from gateway.pipeline.dialects import Dialect
 from gateway.pipeline.loglines import FullLine, Line, log, wishes
 from gateway.pipeline.transcript import Transcript, detail_of
-from gateway.pipeline.usage import NO_USAGE, Usage, usage_of_body, usage_of_stream, with_prefill
+from gateway.pipeline.usage import NO_USAGE, Ends, Usage, usage_of_body, usage_of_stream, with_prefill
 from gateway.stores.records.audit import Detail
 
 HEAD_BYTES, TAIL_BYTES = 2048, 4096  # of an answer's payload, which a meter keeps
@@ -30,7 +31,19 @@ STRANGERS_AT_ONCE, STRANGERS_PER_SECOND = 600, 2.0
 class Meter:
     """Sees an answer's payload go by and keeps its head, its tail and its counts."""
 
-    __slots__ = ("_bytes", "_clock", "_frames", "_last", "_most", "assembled", "chunks", "first_at", "head", "prefill")
+    __slots__ = (
+        "_bytes",
+        "_clock",
+        "_frames",
+        "_last",
+        "_most",
+        "assembled",
+        "chunks",
+        "ends",
+        "first_at",
+        "head",
+        "prefill",
+    )
 
     def __init__(self, clock: Callable[[], float], answers: int = 1) -> None:
         self._clock = clock
@@ -41,6 +54,7 @@ class Meter:
         self.chunks: list[bytes] = []  # whole ones with their framing, which nobody has looked at yet
         self.first_at: float | None = None
         self.assembled = False  # what it sees is a stream, though its client wants an answer in one piece
+        self.ends: Ends | None = None  # what else it looks for; to be set before the first byte
         self.prefill = b""  # the last event of progress that its client was not shown
 
     def see(self, payload: bytes) -> None:
@@ -49,6 +63,12 @@ class Meter:
         if self.chunks:
             self.look()
         self._count(payload)
+
+    def begin_again(self) -> None:
+        """What it has seen broke off before anything of it went out, and is asked for once more."""
+        self._bytes = self._frames = 0
+        self.head = self._last = self.prefill = b""
+        self.first_at = None
 
     def look(self) -> None:
         """At the chunks that have gone by since; to be called when there are MOST_CHUNKS of them."""
@@ -61,6 +81,8 @@ class Meter:
         self._bytes += len(payload)
         self._frames += payload.count(b"data:")
         self._last = (self._last + payload)[-self._most :]
+        if self.ends is not None:
+            self.ends.see(payload)
 
     @property
     def size(self) -> int:
@@ -84,6 +106,10 @@ class Meter:
         return self._last
 
     def usage(self, dialect: Dialect, streamed: bool) -> Usage:
+        if self.chunks:
+            self.look()
+        if self.ends is not None and (told := self.ends.total) is not None:
+            return told
         if streamed or self.assembled:
             usage = usage_of_stream(dialect, self.head, self.tail, self.frames)
             return with_prefill(usage, self.prefill) if self.prefill and not usage.prompt else usage
@@ -100,6 +126,11 @@ class KeepingMeter(Meter):
     def __init__(self, clock: Callable[[], float], answers: int = 1) -> None:
         super().__init__(clock, answers)
         self.transcript: Transcript | None = None
+
+    def begin_again(self) -> None:
+        super().begin_again()
+        if self.transcript is not None:
+            self.transcript.begin_again()
 
     def _count(self, payload: bytes) -> None:
         super()._count(payload)
@@ -230,7 +261,9 @@ class Accounts:
         """Its tokens, from as much of its answer as has come; its turn at llama-server is over."""
         record.served = True
         if meter.first_at is not None or meter.prefill:
-            record.usage = meter.usage(call.route.dialect, streamed)
+            usage = meter.usage(call.route.dialect, streamed)
+            alone = call.places == 1 or streamed or meter.assembled
+            record.usage = usage if alone else _of_all(usage, call)
 
     def close(self, record: Record, call: Call, meter: Meter, streamed: bool) -> None:
         """`streamed`: llama-server's answer came as a stream, whatever the client asked for."""
@@ -315,6 +348,23 @@ class _Series:
         directions = ("in", "out", "cached") if model else ()
         self.tokens = [metrics.tokens.labels(direction, model) for direction in directions]
         self.key_tokens = [metrics.key_tokens.labels(key_id, direction) for direction in directions]
+
+
+_TELL_ONE = frozenset({Dialect.CHAT, Dialect.COMPLETIONS, Dialect.RESPONSES})
+
+
+def _of_all(usage: Usage, call: Call) -> Usage:
+    """Of several answers in one piece, whose `usage` is that of one of them (seen on build 11669).
+
+    The others are taken to be like it; where they may have prompts of their own, those to be together as long as their
+    bytes make likely, at least.
+    """
+    if call.route.dialect not in _TELL_ONE or not usage.prompt:
+        return usage
+    prompt, completion, cached = (count * call.places for count in usage.counts())
+    if "prompt" in call.fields:
+        prompt = max(prompt, memoryview(call.fields["prompt"]).nbytes // BYTES_PER_TOKEN)
+    return Usage(prompt, completion, cached)
 
 
 def note_failure(record: Record, error: CorralError) -> None:

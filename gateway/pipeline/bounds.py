@@ -26,7 +26,7 @@ MAX_VISITS = 10_000  # of schemas, where those under several types count for eac
 MAX_REFERENCES = 64  # from one to the next
 
 # Strings, character classes and comments are skipped; groups are looked at.
-_GBNF = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*|(?P<group>[()])', re.DOTALL)
+_GBNF = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\r\n]*|(?P<group>[()])', re.DOTALL)
 _COUNTS = (("minItems", "maxItems"), ("minLength", "maxLength"), ("minProperties", "maxProperties"))
 # An integer of 16 digits or its opposite as the only bound: hangs; 10^15 does not. What does not fit into
 # 64 bits wraps around.

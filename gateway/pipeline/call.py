@@ -6,7 +6,7 @@ import codecs
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
 
@@ -86,6 +86,7 @@ def parse_json_object(body: bytes) -> Fields:
     try:
         if not body.isascii():
             check_utf8(body)  # raw values are not checked for it by the decoder
+            body = body.removeprefix(codecs.BOM_UTF8)
         return _decoder.decode(body)
     except UnicodeDecodeError as error:
         raise InvalidJSON(f"the body is not UTF-8 (byte {error.start})") from None
@@ -180,7 +181,8 @@ def _is_said(fields: Fields, name: str) -> bool:
 
 
 def take_model(fields: Fields) -> str | None:
-    return typed_field(fields, "model", str, "a string")
+    """An empty name is none."""
+    return typed_field(fields, "model", str, "a string") or None
 
 
 def take_stream(fields: Fields) -> bool:
@@ -218,7 +220,10 @@ def count_prompts(raw: msgspec.Raw, name: str) -> int:
 
 
 def typed_field(fields: Fields, name: str, kind: type[T], allowed: str) -> T | None:
-    """The value of one field, or None where it is absent or null. Raises BadRequest."""
+    """The value of one field, or None where it is absent or null. Raises BadRequest.
+
+    A whole number may be written with a point, as 4.0; what is forwarded is 4.
+    """
     if name not in fields:
         return None
     raw = fields[name]
@@ -227,6 +232,18 @@ def typed_field(fields: Fields, name: str, kind: type[T], allowed: str) -> T | N
     try:
         return msgspec.json.decode(raw, type=kind)
     except msgspec.DecodeError:
+        if kind is int and (number := _whole_number(raw)) is not None:
+            fields[name] = msgspec.Raw(b"%d" % number)
+            return cast(T, number)
         raise BadRequest(
             f"{name} is {bytes(raw)[:40].decode(errors='replace')}: must be {allowed}", param=name
         ) from None
+
+
+def _whole_number(raw: msgspec.Raw) -> int | None:
+    """Of a number with a point or an exponent, but without a fraction."""
+    try:
+        number = msgspec.json.decode(raw, type=float)
+    except msgspec.DecodeError:
+        return None
+    return int(number) if number.is_integer() else None

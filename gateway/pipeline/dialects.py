@@ -46,17 +46,6 @@ class Dialect(enum.Enum):
             asked.pop("response_fields", None)  # would hide the final event; the assembler applies them
         return asked
 
-    def keep_terminator(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """`request` of a client that streams by itself, changed only if it would hide the end of its own stream.
-
-        `response_fields` of the native dialect are applied to the final event: without "stop" among them a stream
-        that went well could not be told from one that was cut.
-        """
-        fields = request.get("response_fields")
-        if self is Dialect.NATIVE and isinstance(fields, list) and fields and "stop" not in fields:
-            return {**request, "response_fields": [*fields, "stop"]}
-        return dict(request)
-
     def assembles(self, request: Mapping[str, Any]) -> bool:
         """Whether an answer assembled from a stream is the one that llama-server gives without streaming.
 

@@ -6,13 +6,15 @@ rules that double forty times (`r1 ::= r2 r2` …): hangs, 2.6 GB after 12 s. 8,
 0.3 s for each token. A text of 30 KB a thousand times: 1 s, 300 MB. `"a"{5,2}`: hangs, 4 GB after 6 s.
 
 It is the grammar's beginnings that are counted here. One that becomes ambiguous only while it nests (`r ::= "a" r "b" |
-"a" r "c" | "d"`) cannot be told from its text.
+"a" r "c" | "d"`, or the same with forty rules, each of which leads to the next) cannot be told from its text:
+`may_nest` names those that must be tried.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from typing import Any, NamedTuple
 
 MAX_REPETITION = 1000
@@ -20,6 +22,7 @@ MAX_WAYS = 4096  # in which something can go on: 3,000 texts to choose from cost
 MAX_PRESSURE = 1 << 14  # ways, summed up over optional items in a row; 125 of them: 3 ms a token
 MAX_SIZE = 1 << 20  # characters and references, repetitions written out
 MAX_PASSES = 12
+MAX_NESTED = 1 << 16  # characters, references followed: what is smaller has not places enough to be in at once
 
 
 class TooMuch(Exception):
@@ -39,8 +42,10 @@ Token = tuple[str, Any]  # "part" with a Part, "times" with Times, "name" with a
 _UNKNOWN = Part(1, 1, False)
 _MARKS: dict[str, Times] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
 
+# One may stand in the midst of {1,2}, and a carriage return ends it.
+_COMMENT = re.compile(r'("(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|!?<[^<>\s]*>)|#[^\r\n]*', re.DOTALL)
 _GBNF = re.compile(
-    r'(?P<text>"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|!?<[^<>\s]*>|\.)|#[^\n]*'
+    r'(?P<text>"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|!?<[^<>\s]*>|\.)'
     r"|(?P<name>[A-Za-z0-9_-]+)(?P<defines>[ \t]*::=)?|(?P<mark>[()|*+?])|\{(?P<times>[^{}]*)\}",
     re.DOTALL,
 )
@@ -52,15 +57,7 @@ _REGEX = re.compile(
 
 def check_rules(text: str) -> None:
     """A GBNF grammar. Raises TooMuch; what is no grammar at all is left to llama-server."""
-    rules: dict[str, list[Token]] = {}
-    rule: list[Token] = []
-    for match in _GBNF.finditer(text):
-        if match["defines"]:
-            rule = rules[match["name"]] = []
-        elif match["name"]:
-            rule.append(("name", match["name"]))
-        else:
-            rule.extend(_token(match))
+    rules = _rules(text)
     known: dict[str, Part] = {}
     for turn in range(MAX_PASSES):  # rules may stand in any order; two passes do unless they are made to need more
         before = dict(known)
@@ -71,9 +68,36 @@ def check_rules(text: str) -> None:
     raise TooMuch("has rules that lead to one another, or to themselves, without end")
 
 
+def may_nest(text: str) -> bool:
+    """Whether a GBNF grammar that `check_rules` lets pass may come to be in ever more places at once: a rule leads back
+    to itself, or those that lead to one another come to very much."""
+    rules = _rules(text)
+    leads = {name: {value for kind, value in rule if kind == "name"} & rules.keys() for name, rule in rules.items()}
+    sizes: dict[str, int] = {}
+    try:
+        for name in TopologicalSorter(leads).static_order():
+            sizes[name] = _written_out(rules[name], sizes)
+    except CycleError:
+        return True
+    return max(sizes.values(), default=0) > MAX_NESTED
+
+
 def check_regex(pattern: str) -> Part:
     """A regular expression of a JSON schema. Raises TooMuch."""
     return _read([token for match in _REGEX.finditer(pattern) for token in _token(match)], {})
+
+
+def _rules(text: str) -> dict[str, list[Token]]:
+    rules: dict[str, list[Token]] = {}
+    rule: list[Token] = []
+    for match in _GBNF.finditer(_COMMENT.sub(lambda found: found[1] or "", text)):
+        if match["defines"]:
+            rule = rules[match["name"]] = []
+        elif match["name"]:
+            rule.append(("name", match["name"]))
+        else:
+            rule.extend(_token(match))
+    return rules
 
 
 def _token(match: re.Match[str]) -> Iterator[Token]:
@@ -125,6 +149,24 @@ def _read(tokens: Iterable[Token], known: Mapping[str, Part]) -> Part:
         done = _choice(groups.pop())
         groups[-1][-1].append(done)
     return _choice(groups[0])
+
+
+def _written_out(rule: Iterable[Token], sizes: Mapping[str, int]) -> int:
+    """In characters; no further than it matters."""
+    groups, last = [0], 0  # open groups, and the item that a repetition would repeat
+    for kind, value in rule:
+        if kind == "times":
+            low, high = value
+            last *= max(low, 1 if high is None else high) - 1
+        elif kind == "(":
+            groups.append(0)
+            continue
+        elif kind == ")":
+            last = groups.pop() if len(groups) > 1 else 0
+        else:
+            last = value.size if kind == "part" else sizes.get(value, 1) if kind == "name" else 0
+        groups[-1] = min(groups[-1] + last, MAX_NESTED + 1)
+    return sum(groups)
 
 
 def _choice(alternatives: list[list[Part]]) -> Part:

@@ -21,7 +21,8 @@ from gateway.pipeline.call import Call, Fields, fill_in, in_full, outlined
 from gateway.pipeline.claims import claim_of, expected_tokens, priority_of
 from gateway.pipeline.counting import COUNTED_BYTES, count_prompt
 from gateway.pipeline.dialects import Dialect
-from gateway.pipeline.grammars import GrammarTexts, NoGrammars
+from gateway.pipeline.grammars import GrammarTexts, NoGrammars, Parser, try_inline
+from gateway.pipeline.hidden import keep_end, without_timings
 from gateway.pipeline.media.fetch import MediaFetcher
 from gateway.pipeline.media.find import Media, find_media
 from gateway.pipeline.progress import PROGRESS_FIELD, TELL_PROGRESS, ask_progress
@@ -29,6 +30,7 @@ from gateway.pipeline.quarantine import Quarantine, guilty
 from gateway.pipeline.shield import bound_answer, shielded
 from gateway.pipeline.splice import Answer
 from gateway.pipeline.turns import LARGE_BYTES, Turns
+from gateway.pipeline.usage import ends_of
 from gateway.pipeline.whole import WholeAnswer
 from gateway.refusals import translate_error
 from gateway.settings import Settings
@@ -40,7 +42,8 @@ if TYPE_CHECKING:
 
 LONG_ANSWER_TOKENS = 32
 LONG_PROMPT_BYTES = 16 * 1024
-MAX_ERROR_BYTES = 1024 * 1024
+MAX_ERROR_BYTES = 64 * 1024  # more of one is not read: llama-server quotes what it refuses
+JSON = "application/json; charset=utf-8"
 _NO_PLACE = frozenset({Dialect.TOKENIZE, Dialect.DETOKENIZE, Dialect.APPLY_TEMPLATE, Dialect.COUNT_TOKENS})
 
 
@@ -65,6 +68,7 @@ class Spine:
         self.cache: ResponseCache | None = None
         self.turns = Turns()
         self.grammars: GrammarTexts = NoGrammars()  # what requests may name
+        self.parser: Parser | None = None  # of llama-server, for grammars that requests bring
         self._running: set[asyncio.Task[object]] = set()
         self._cut: set[asyncio.Task[object]] = set()  # those of them that end because the service does
 
@@ -107,6 +111,7 @@ class Spine:
                 claim = seat.claim(claim)
             reservation = self._limits.reserve(claim) if shared is None else await shared.reserve(claim)  # 4
             call.headers_out.extend(reservation.headers())
+            untold = 0
             try:
                 if media.remote:
                     fields = await self._with_media(call, media)
@@ -116,11 +121,14 @@ class Spine:
                     streamed = await seat.answered(
                         answer, record, lambda to: self._admitted(call, fields, spec, to, record, tokens)
                     )
+                if record.served and not record.usage.total and call.route.dialect.generates:
+                    untold = claim.tokens  # an answer that tells of no tokens has taken some
             finally:
                 if call.reached:
-                    reservation.settle(record.usage.prompt + record.usage.completion)
-                else:  # it was not served: it costs nothing
+                    reservation.settle(record.usage.total + untold)
+                else:  # it was not served: it costs nothing, and its client is told so; what is told last counts
                     reservation.refund()
+                    call.headers_out.extend(reservation.headers())
         except asyncio.CancelledError:
             if call.stream and call.route.dialect.ended_well(answer.meter.tail):
                 pass  # its client had all of the stream, and did not wait for the connection's end
@@ -169,6 +177,8 @@ class Spine:
         record.asked_at = asked_at = loop.time()
         wait = self._settings.queue_timeout_seconds
         deadline = call.received_at + (wait if call.max_wait is None else min(wait, call.max_wait))
+        if "grammar" in call.fields and self.parser is not None:
+            await try_inline(call, self.parser, deadline)
         places = 0 if call.route.dialect in _NO_PLACE else call.places
         ticket = Ticket(call.caller, places, call.size, deadline, priority=priority_of(call), cost=tokens)
         if spec.id not in self._queues:  # a reload took it away while media were fetched, or Redis was asked
@@ -214,8 +224,10 @@ class Spine:
                         self._quarantine.crashed(spec.id, upstream.body, alone=alone)
                     if died and alone:
                         raise guilty() from None
-                    if last_try or answer.meter.first_at is not None:
+                    gone_out = answer.meter.first_at is not None and upstream.assembling is None
+                    if last_try or gone_out:
                         raise
+                    answer.meter.begin_again()
         return call.stream or upstream.assembling is not None
 
     def _prepared(self, call: Call, fields: Fields, ctx: int) -> _Upstream:
@@ -231,17 +243,22 @@ class Spine:
                 if dialect in TELL_PROGRESS:
                     asked[PROGRESS_FIELD] = True
                 return _Upstream(msgspec.json.encode(asked), assembling=request)
-        if call.stream and "response_fields" in fields:
-            kept = dialect.keep_terminator(in_full(outlined(fields), fields))
-            return _Upstream(msgspec.json.encode(kept))
+        skip_timings = "response_fields" in fields and keep_end(dialect, fields, streamed=call.stream)
         skip_progress = call.stream and ask_progress(dialect, fields)
-        return _Upstream(msgspec.json.encode(fields), skip_progress=skip_progress)
+        return _Upstream(msgspec.json.encode(fields), skip_progress=skip_progress, skip_timings=skip_timings)
 
     async def _deliver(self, call: Call, reply: Reply, answer: Answer, upstream: _Upstream) -> None:
         call.reached = True
         if reply.status != 200:
-            raise translate_error(reply.status, await reply.read(MAX_ERROR_BYTES))
-        if upstream.assembling is None:
+            told = await reply.beginning(MAX_ERROR_BYTES)
+            raise translate_error(reply.status, told, reply.headers.get("retry-after"))
+        streamed = call.stream or upstream.assembling is not None
+        answer.meter.ends = ends_of(call.route.dialect, call.places, streamed=streamed)
+        if upstream.skip_timings:
+            body = await reply.read()
+            answer.meter.see(body)
+            answer.whole(200, JSON, without_timings(body))
+        elif upstream.assembling is None:
             answer.begin(reply, skip_progress=upstream.skip_progress)
             await reply.relay(answer)
             if answer.failure is not None:
@@ -249,7 +266,7 @@ class Spine:
         else:
             assembly = WholeAnswer(call.route.dialect, upstream.assembling, answer.meter)
             await reply.relay(assembly)
-            answer.whole(200, "application/json; charset=utf-8", assembly.result())
+            answer.whole(200, JSON, assembly.result())
 
 
 class _Upstream(msgspec.Struct, frozen=True):
@@ -258,6 +275,7 @@ class _Upstream(msgspec.Struct, frozen=True):
     body: bytes
     assembling: dict[str, object] | None = None  # the request behind it, where its stream will be put together
     skip_progress: bool = False  # its stream will begin with progress events that the client did not ask for
+    skip_timings: bool = False  # its answer in one piece will have timings that the client did not ask for
 
 
 def is_long(call: Call, bound: int) -> bool:

@@ -14,10 +14,11 @@ from typing import Protocol
 
 import msgspec
 
-from gateway.errors import BadRequest, GrammarNotFound
+from gateway.errors import BadRequest, GrammarNotFound, QueueTimeout
 from gateway.pipeline.bounds import check_grammar
-from gateway.pipeline.call import Fields, typed_field
+from gateway.pipeline.call import Call, Fields, typed_field
 from gateway.pipeline.dialects import Dialect
+from gateway.pipeline.expansion import may_nest
 
 INLINE = "::="
 _RULING = ("json_schema", "response_format", "text")  # what else decides how an answer looks
@@ -36,7 +37,7 @@ class Parser(Protocol):
 
     def identity(self) -> str | None: ...
 
-    async def test(self, text: str) -> None: ...
+    async def test(self, text: str, caller: str = "") -> None: ...
 
 
 class NoGrammars:
@@ -101,6 +102,23 @@ def put_grammar(fields: Fields, dialect: Dialect, named: GrammarTexts) -> None:
         check_grammar(grammar, "grammar")
     else:
         fields["grammar"] = msgspec.Raw(msgspec.json.encode(named.text(grammar)))
+
+
+async def try_inline(call: Call, parser: Parser, deadline: float) -> None:
+    """One that may nest is tried by llama-server's parser, once, before it may keep a model busy for all others.
+
+    Raises BadRequest, QueueTimeout after `deadline` (of the loop's clock), CorralError where it could not be tried.
+    """
+    grammar = typed_field(call.fields, "grammar", str, "a string")
+    if not grammar or INLINE not in grammar or not call.route.dialect.generates or not may_nest(grammar):
+        return
+    try:
+        async with asyncio.timeout_at(deadline):
+            await parser.test(grammar, call.caller)
+    except BadRequest as error:
+        raise BadRequest(error.message, param="grammar") from None
+    except TimeoutError:
+        raise QueueTimeout("the grammar could not be tried in time, for others of yours are", retry_after=5) from None
 
 
 def _rules(name: str, raw: bytes, dialect: Dialect) -> bool:

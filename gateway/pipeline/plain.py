@@ -83,9 +83,6 @@ def plain_job(fields: Fields, *, raw: bool = False) -> Plain:
         asked |= _encoded({"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text})
     if take_places(asked) != 1:
         raise BadRequest("n must be 1: the answer holds one text", param="n")
-    trace_id = _text(fields, "trace_id")
-    if trace_id is not None and not _TRACE.fullmatch(trace_id):
-        trace_id = None
     return Plain(
         template="/v1/chat/completions" if prompt == "messages" else "/v1/completions",
         chat=chat,
@@ -93,7 +90,7 @@ def plain_job(fields: Fields, *, raw: bool = False) -> Plain:
         model=take_model(fields),
         stream=stream,
         req_id=sane_id(_text(fields, "req_id")),
-        trace_id=trace_id,
+        trace_id=_trace_in(fields),
         reply_to=_text(fields, "reply_to"),
     )
 
@@ -215,6 +212,12 @@ def _params(fields: Fields) -> Fields:
 
 def _text(fields: Fields, name: str) -> str | None:
     return typed_field(fields, name, str, "a string")
+
+
+def _trace_in(fields: Fields) -> str | None:
+    """Also as a UUID, or in upper case; what is no trace is none."""
+    digits = (_text(fields, "trace_id") or "").replace("-", "").lower()
+    return digits if _TRACE.fullmatch(digits) else None
 
 
 def _encoded(values: dict[str, Any]) -> Fields:

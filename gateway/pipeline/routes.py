@@ -36,6 +36,7 @@ ROUTES = {
     for template in templates
 }
 
+MOST_WAIT = 1_000_000_000  # seconds
 PRIORITIES = ("high", "normal", "low")
 
 
@@ -52,6 +53,6 @@ def max_wait(text: str) -> float:
         seconds = float(text)
     except ValueError:
         seconds = -1.0
-    if not 0 < seconds < 1e9:
-        raise BadRequest(f"X-Request-Timeout is {text[:40]!r}: must be seconds, more than 0")
+    if not 0 < seconds < MOST_WAIT:
+        raise BadRequest(f"X-Request-Timeout is {text[:40]!r}: must be seconds, more than 0 and below {MOST_WAIT}")
     return seconds

@@ -58,12 +58,17 @@ class Transcript:
     def __init__(self, dialect: Dialect, fields: Mapping[str, msgspec.Raw]) -> None:
         self._dialect = dialect
         self.prompt = Prompt({name: fields[name] for name in CONTENT if name in fields})
+        self._over = False
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """What it has seen of an answer broke off, and another one comes in its place."""
         self._raw: list[bytes] = []
         self._held = self._seen = 0
         self._is_stream: bool | None = None
         self._frames = FrameParser()
         self._answer = Pieces()
-        self._cut = self._over = False
+        self._cut = False
 
     def see(self, payload: bytes) -> None:
         """The next bytes of the answer, as they came from llama-server."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -18,22 +18,30 @@ _USUAL = re.compile(
     rb'"usage":\{"completion_tokens":(\d{1,15}),"prompt_tokens":(\d{1,15}),"total_tokens":\d{1,15}'
     rb'(?:,"prompt_tokens_details":\{"cached_tokens":(\d{1,15})\})?\}'
 )
-_USAGE = (b'"usage":{', b'"usage": {')
+_USAGE = re.compile(rb'"usage"\s*:\s*\{')
+_TIMES = re.compile(rb'"timings"\s*:\s*\{')
+_FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
+_STOPPED = re.compile(rb'"stop"\s*:\s*true|"stop_type"\s*:\s*"')
 _PROMPT = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)')
 _INPUT = re.compile(rb'"input_tokens"\s*:\s*(\d+)')
 _COMPLETION = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d+)')
 _CACHED = re.compile(rb'"cached_tokens"\s*:\s*(\d+)')
 _CACHE_READ = re.compile(rb'"cache_read_input_tokens"\s*:\s*(\d+)')
 _CACHE_WRITE = re.compile(rb'"cache_creation_input_tokens"\s*:\s*(\d+)')
-_TIMINGS = re.compile(rb'"timings":\{"cache_n":(\d+),"prompt_n":(\d+),[^{}]*?"predicted_n":(\d+)')
-_EVALUATED = re.compile(rb'"tokens_evaluated":(\d+)')
-_PREDICTED = re.compile(rb'"tokens_predicted":(\d+)')
+_TIMINGS = re.compile(
+    rb'"timings"\s*:\s*\{\s*"cache_n"\s*:\s*(\d+)\s*,\s*"prompt_n"\s*:\s*(\d+)\s*,'
+    rb'[^{}]*?"predicted_n"\s*:\s*(\d+)\s*[,}]'
+)
+_EVALUATED = re.compile(rb'"tokens_evaluated"\s*:\s*(\d+)')
+_PREDICTED = re.compile(rb'"tokens_predicted"\s*:\s*(\d+)')
 _PREFILL = re.compile(rb'"prompt_progress":\{"total":\d+,"cache":(\d+),"processed":(\d+)')
 _CHOICE = re.compile(rb'"index":(\d+),"(?:delta|logprobs|content)"')
 
 # Events of a stream that carry no token: the role, created + in_progress + item.added + part.added, two starts.
 _OVERHEAD = {Dialect.CHAT: 1, Dialect.RESPONSES: 4, Dialect.MESSAGES: 2}
 _NEAR = 2048  # a final event's numbers stand at its end; looking through all of it takes longer
+_FURTHEST = 1024  # from the beginning of timings to the numbers that count, and more
+_MOST_HELD = 16 * 1024  # of a stream's event that is not whole yet: a final one tells its numbers at its end
 _SLACK = 16  # more frames than tokens, and answers must have come and gone unseen between head and tail
 _MOST = 1 << 53  # beyond that it is no count
 
@@ -50,6 +58,10 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(self.prompt + other.prompt, self.completion + other.completion, self.cached + other.cached)
+
+    @property
+    def total(self) -> int:
+        return self.prompt + self.completion
 
     def counts(self) -> tuple[int, int, int]:
         return self.prompt, self.completion, self.cached
@@ -103,6 +115,64 @@ def usage_of_stream(dialect: Dialect, head: bytes, tail: bytes, frames: int) -> 
     return Usage(total.prompt or _first(_EVALUATED, head), max(total.completion, counted, 0), total.cached)
 
 
+class Ends(Protocol):
+    """Catches what an answer tells of its tokens where that may lie neither in its head nor in its tail."""
+
+    def see(self, payload: bytes) -> None:
+        """The next bytes of the answer; never raises."""
+
+    @property
+    def total(self) -> Usage | None:
+        """None where not all has been told."""
+
+
+class StreamEnds:
+    """Of several answers in one stream, which may end any distance apart."""
+
+    def __init__(self, dialect: Dialect, answers: int) -> None:
+        self._dialect, self._answers = dialect, answers
+        self._rest = b""
+        self._by_usage: list[Usage] = []
+        self._by_timings: list[Usage] = []  # a final event may carry them beside an event with the usage
+
+    def see(self, payload: bytes) -> None:
+        *whole, rest = (self._rest + payload).replace(b"\r\n", b"\n").split(b"\n\n")
+        for event in whole:
+            (self._by_usage if _USAGE.search(event) else self._by_timings).extend(_finals(self._dialect, event))
+        self._rest = rest[-_MOST_HELD:]
+
+    @property
+    def total(self) -> Usage | None:
+        found = self._by_usage or self._by_timings
+        return sum(found, Usage()) if len(found) >= self._answers else None
+
+
+class NativeEnds:
+    """Of a whole native answer, or a list of several: its timings stand before the probabilities of its tokens."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._sum = Usage()
+
+    def see(self, payload: bytes) -> None:
+        data, seen = self._rest + payload, 0
+        for found in _TIMINGS.finditer(data):
+            self._sum += _of_timings(found)
+            seen = found.end()
+        self._rest = data[max(seen, len(data) - _FURTHEST) :]
+
+    @property
+    def total(self) -> Usage | None:
+        return self._sum if self._sum.prompt else None
+
+
+def ends_of(dialect: Dialect, answers: int, *, streamed: bool) -> Ends | None:
+    """What is to be caught of an answer as it passes; None where its head and tail tell all that there is."""
+    if streamed:
+        return StreamEnds(dialect, answers) if answers > 1 and dialect.generates else None
+    return NativeEnds() if dialect is Dialect.NATIVE else None
+
+
 def with_prefill(usage: Usage, event: bytes) -> Usage:
     """`usage` of a stream that was cut, with as much of its prompt as was worked off by its last event of progress."""
     found = _PREFILL.search(event)
@@ -151,17 +221,17 @@ def _finals(dialect: Dialect, tail: bytes) -> Iterator[Usage]:
         return
     if b"\r" in tail:
         tail = tail.replace(b"\r\n", b"\n")
-    end, at = len(tail), tail.rfind(b'"timings":{')
-    while at >= 0:
+    # partial events carry timings too: with timings_per_token, and at a stop word
+    final = _STOPPED if dialect is Dialect.NATIVE else _FINISHED
+    end = len(tail)
+    for at in reversed([found.start() for found in _TIMES.finditer(tail)]):
+        if at >= end:
+            continue  # a second one in the same event
         begin = tail.rfind(b"\n\n", 0, at) + 1
         frame = tail[begin:end].partition(b"\n\n")[0] if begin else tail[:end]
-        if dialect is Dialect.NATIVE:
-            final = b'"stop":true' in frame or b'"stop_type":"' in frame
-        else:  # partial events carry timings too: with timings_per_token, and at a stop word
-            final = b'"finish_reason":"' in frame
-        if final and (timings := _TIMINGS.search(tail, at)):
+        if final.search(frame) and (timings := _TIMINGS.match(tail, at)):
             yield _of_timings(timings)
-        end, at = begin, tail.rfind(b'"timings":{', 0, begin)
+        end = begin
 
 
 def _of_messages(head: bytes, tail: bytes, frames: int) -> Usage:
@@ -190,13 +260,7 @@ def _of_timings(found: re.Match[bytes]) -> Usage:
 
 def _usages(text: bytes) -> list[bytes]:
     """What follows each `"usage":{`, up to the end of its event and far enough for all its fields."""
-    found = []
-    for name in _USAGE:
-        at = text.find(name)
-        while at >= 0:
-            found.append(text[at : at + 1024].partition(b"\n\n")[0])
-            at = text.find(name, at + len(name))
-    return found
+    return [text[at : at + 1024].partition(b"\n\n")[0] for at in (found.start() for found in _USAGE.finditer(text))]
 
 
 def _first(pattern: re.Pattern[bytes], text: bytes) -> int:

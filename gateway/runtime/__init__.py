@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("corral.runtime")
 
+_LOOK_SECONDS = 0.02  # between looks whether clients have taken what was written to them
+
 
 @dataclass
 class Runtime:
@@ -70,6 +72,7 @@ class Runtime:
     ticks: list[Callable[[float], Any]]  # called with the loop's time, each TICK_SECONDS
     grammars: Grammars
     shared_usage: SharedUsage | None = None  # where REDIS_URL is set
+    unsent: list[Callable[[], bool]] = field(default_factory=list)  # of doors: whether clients still have to take bytes
     _reloading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def accept(self) -> None:
@@ -84,8 +87,12 @@ class Runtime:
             )
 
     async def drain(self, hurry: asyncio.Event) -> None:
-        """Refuse what is new, let what runs finish: at most SHUTDOWN_GRACE_SECONDS, and no longer than till `hurry`."""
+        """Refuse what is new, let what runs finish: at most SHUTDOWN_GRACE_SECONDS, and no longer than till `hurry`.
+
+        A request has finished when its client has got all of its answer.
+        """
         grace = self.settings.shutdown_grace_seconds
+        end = asyncio.get_running_loop().time() + grace
         self.board.set_service(ServiceState.DRAINING, f"{self.accounts.active} requests are running")
         self.events.emit("server.draining", f"{self.accounts.active} running requests have {grace:g} s to finish")
         for queue in self.queues.values():
@@ -94,6 +101,10 @@ class Runtime:
         await asyncio.wait(waits, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
+        while any(unsent() for unsent in self.unsent):
+            if hurry.is_set() or asyncio.get_running_loop().time() >= end:
+                break
+            await asyncio.sleep(_LOOK_SECONDS)
 
     async def reload(self) -> dict[str, Any]:
         """Read keys and models anew; what cannot be read changes nothing and is reported, as is what needs a restart.
@@ -151,7 +162,7 @@ async def open_runtime(
     board.single = registry.single
     loop = asyncio.get_running_loop()
     async with contextlib.AsyncExitStack() as stack:
-        await stack.enter_async_context(publishing(board, settings.state_file))
+        await stack.enter_async_context(publishing(board, settings.state_file, settings.health_stale_seconds))
         stack.callback(board.set_service, ServiceState.STOPPED, "stopped")
         for spec in registry.specs.values():
             board.add_model(spec.id, required=spec.id in registry.preload)
@@ -192,7 +203,8 @@ async def open_runtime(
         shared = await stack.enter_async_context(shared_limits(settings, metrics))
         spine = Spine(settings, manager, queues, Limits(loop.time, budgets=books.budgets), shared, accounts)
         stack.callback(spine.turns.close)
-        spine.grammars = grammars = await stack.enter_async_context(grammars_of(settings, binary))
+        parser, grammars = await stack.enter_async_context(grammars_of(settings, binary))
+        spine.parser, spine.grammars = parser, grammars
         pinger = Pinger(settings.sse_ping_seconds)
         runtime = Runtime(
             settings,

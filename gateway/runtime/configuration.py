@@ -7,17 +7,17 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from gateway.errors import ConfigError
+import msgspec
+
+from gateway.errors import BadRequest, ConfigError
 from gateway.models.command import check_extra_args
 from gateway.models.registry import Registry, build_registry
 from gateway.models.subjects import collisions
+from gateway.pipeline.call import take_places
+from gateway.pipeline.dialects import Dialect
+from gateway.pipeline.shield import asked_bound
 from gateway.settings import Settings, variables
-
-if TYPE_CHECKING:
-    pass
-
 
 log = logging.getLogger("corral.runtime")
 
@@ -34,6 +34,7 @@ def check_configuration(settings: Settings) -> tuple[Registry, Path | None]:
     binary = None
     try:
         registry = build_registry(settings)
+        problems += _check_defaults(registry, settings)
         if any(spec.url is None for spec in registry.specs.values()):
             binary = find_llama_server(settings)
     except ConfigError as error:
@@ -48,6 +49,19 @@ def check_configuration(settings: Settings) -> tuple[Registry, Path | None]:
     if problems or registry is None:
         raise ConfigError(problems)
     return registry, binary
+
+
+def _check_defaults(registry: Registry, settings: Settings) -> list[str]:
+    """Of the fields that a model's requests get where they are silent, those that would be refused in every one."""
+    problems = []
+    for spec in registry.specs.values():
+        fields = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in spec.defaults.items()}
+        try:
+            take_places(fields)
+            asked_bound(fields, Dialect.RESPONSES)  # its names for that are everybody's and one more
+        except BadRequest as error:
+            problems.append(f"{settings.config_path}: models.{spec.id}.defaults: {error.message}")
+    return problems
 
 
 def _check_nats(settings: Settings, registry: Registry | None) -> list[str]:
@@ -93,7 +107,8 @@ def find_llama_server(settings: Settings) -> Path:
     if named is not None:
         found = shutil.which(named)
         if found is None:
-            raise ConfigError([f"LLAMA_SERVER_PATH={str(named)!r}: there is no such program"])
+            place = settings.told_as("LLAMA_SERVER_PATH")
+            raise ConfigError([f"{place}={str(named)!r}: there is no such program"])
         return Path(found)
     found = shutil.which("/app/llama-server") or shutil.which("llama-server")
     if found is None:

@@ -20,6 +20,7 @@ from gateway.metrics import Metrics
 from gateway.models.command import INHERITED, INHERITED_PREFIXES
 from gateway.models.local import LocalOwner, Means
 from gateway.models.memory.landlord import Landlord
+from gateway.models.output import Discretion
 from gateway.models.owner import Owner
 from gateway.models.plan import MOST_SLOTS, Herd, Planner
 from gateway.models.ports import Ports
@@ -31,6 +32,7 @@ from gateway.settings import Settings
 from gateway.state import Board
 
 if TYPE_CHECKING:
+    from gateway.models.parser import GrammarParser
     from gateway.stores.grammars.store import Grammars
     from gateway.stores.records.books import Books
     from gateway.stores.shared.limits import SharedLimits
@@ -74,7 +76,7 @@ def owner_maker(
         means = Means(
             settings=settings,
             planner=planner,
-            output=logs.put,
+            output=logs.put if settings.audit_content == "full" else discreetly(logs.put),
             connect=connect,
             keep_secret=logs.add_secret,
             hub_caches=caches,
@@ -86,6 +88,12 @@ def owner_maker(
         return LocalOwner(spec, board, events, means)
 
     return make
+
+
+def discreetly(put: Callable[[bytes], None]) -> Callable[[bytes], None]:
+    """For one model's llama-servers: no quotation of a request or an answer comes to `put`."""
+    discretion = Discretion()
+    return lambda heap: put(discretion(heap))
 
 
 def queue_of(settings: Settings, metrics: Metrics, spec: ModelSpec, budget: ByteBudget) -> Queue:
@@ -152,11 +160,11 @@ async def shared_usage(settings: Settings, accounts: Accounts) -> AsyncIterator[
 
 
 @contextlib.asynccontextmanager
-async def grammars_of(settings: Settings, binary: Path | None) -> AsyncIterator[Grammars]:
+async def grammars_of(settings: Settings, binary: Path | None) -> AsyncIterator[tuple[GrammarParser, Grammars]]:
     from gateway.models.parser import GrammarParser  # imported while the first llama-server starts
     from gateway.pipeline.grammars import GrammarJudge
     from gateway.stores.grammars.store import open_grammars
 
     parser = GrammarParser(binary, child_environment(INHERITED, INHERITED_PREFIXES))
     async with open_grammars(settings.data_dir / "grammars", GrammarJudge(parser)) as grammars:
-        yield grammars
+        yield parser, grammars

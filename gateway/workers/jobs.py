@@ -1,15 +1,13 @@
 """What becomes of a queued job that failed, and how often it is tried. Pure: a table, counts and a clock.
 
-A job may be delivered again for three reasons, which are counted apart:
+A job may be delivered again for three reasons:
 
-- it failed: llama-server died under it, or could not do it. After MOST_FAILURES of these it is given up.
+- it failed: llama-server died under it, or could not do it.
 - its worker gave it back: it was shutting down, or a limit was reached. That is nobody's fault, and never ends a job.
-- its worker vanished. The job may only have been there; but one that takes whole workers down must end, too:
-  MOST_VANISHED.
+- nothing was said of it: its worker vanished, or somebody else refused it.
 
 The first two are written down by the worker that lives to do so (`Attempts`); what is left of the deliveries is the
-third. A delivery that nobody wrote down, and that came back sooner than a vanished worker's can, was refused by
-somebody else, and counts as failed.
+third. Failed and silent ones together are its tries, and after MOST_TRIES of them it is given up.
 """
 
 from __future__ import annotations
@@ -22,8 +20,7 @@ import msgspec
 
 from gateway.errors import CorralError
 
-MOST_FAILURES = 3
-MOST_VANISHED = 10
+MOST_TRIES = 3
 _PAUSES = (1.0, 5.0)  # seconds after the first and the second failure
 _PATIENCE = 2.0  # seconds, for what is given back without a time of its own
 
@@ -39,7 +36,7 @@ class Cancelled(CorralError):
 
 class Kind(StrEnum):
     FINAL = "final"  # the same again would end the same: the job is answered with the error
-    FAILED = "failed"  # tried again, MOST_FAILURES times in all
+    FAILED = "failed"  # tried again, MOST_TRIES times in all
     RETURNED = "returned"  # tried again, here or by another worker, as often as it takes
 
 
@@ -93,6 +90,7 @@ class Attempts:
 
     failures: tuple[Failure, ...] = ()
     returned: int = 0
+    reply_to: str | None = None  # where its answer goes; the message of a later delivery does not tell
     answer: str | None = None  # of a job that ended in an error: what was sent, so that it is the same again
     dead: str | None = None  # the reason for which it was given up
 
@@ -117,31 +115,25 @@ def attempts_in(data: bytes | None) -> Attempts:
         return Attempts()
 
 
-def given_up(attempts: Attempts, deliveries: int, age: float, ack_wait: float) -> str | None:
-    """Why a job that is being delivered is not tried again; None: it is.
-
-    `deliveries` counts this one, `age` is the message's, in seconds. A vanished worker's job comes back after
-    `ack_wait` at the earliest.
-    """
-    untold = max(0, deliveries - 1 - len(attempts.failures) - attempts.returned)
-    vanished = min(untold, int(max(0.0, age) / ack_wait)) if ack_wait > 0 else untold
-    refused = untold - vanished
-    if len(attempts.failures) + refused >= MOST_FAILURES:
-        return why_failed(attempts, refused)
-    if vanished >= MOST_VANISHED:
-        return f"{vanished} workers vanished while they had this job"
-    return None
-
-
-def why_failed(attempts: Attempts, refused: int = 0) -> str:
-    """The reason of a job that is given up after failures."""
+def given_up(attempts: Attempts, ended: int) -> str | None:
+    """Why a job is not tried again of which so many deliveries have ended; None: it is."""
+    failures = len(attempts.failures)
+    silent = max(0, ended - failures - attempts.returned)
+    if failures + silent < MOST_TRIES:
+        return None
     parts = []
     if attempts.failures:
         last = attempts.failures[-1]
-        parts.append(f"failed {len(attempts.failures)} times, at last with {last.code}: {last.message}")
-    if refused:
-        parts.append(f"was refused {refused} times by others than Corral")
-    return " and ".join(parts)
+        parts.append(f"failed {_times(failures)}, at last with {last.code}: {last.message}")
+    if silent:
+        parts.append(
+            f"was delivered {_times(silent)} without a word from who had it: a worker that vanished, most often"
+        )
+    return "; ".join(parts)
+
+
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number} times"
 
 
 def dead_letter(

@@ -71,9 +71,10 @@ def test_what_we_do_not_know_passes_through() -> None:
 
 
 def test_a_dead_gateways_models_are_not_called_ready() -> None:
-    models: Json = {"a": {"state": "ready", "slots": 4}, "b": {"state": "off"}, "c": "odd"}
+    models: Json = {"a": {"state": "ready", "status": "ready", "slots": 4}, "b": {"state": "off"}, "c": "odd"}
     report = judge(published(heartbeat=NOW - 99, models=models), now=NOW, wall=WALL, started=NOW, stale_after=STALE)
-    assert report.models == {"a": {"state": "failed", "slots": 4}, "b": {"state": "off"}, "c": "odd"}
+    failed = {"state": "failed", "status": "failed", "slots": 4}
+    assert report.models == {"a": failed, "b": {"state": "off"}, "c": "odd"}
 
 
 def test_models_that_are_no_object_are_none() -> None:

@@ -171,6 +171,10 @@ def test_a_state_file_that_cannot_be_written_stops_nothing(stage: Stage) -> None
         ({"PORT": "HEALTH"}, False),
         ({"GATEWAY_PORT": "HEALTH"}, False),
         ({"GATEWAY_PORT": "HEALTH", "PORT": "8000"}, True),
+        ({"PORT": " HEALTH "}, False),
+        ({"PORT": "0HEALTH"}, False),
+        ({"PORT": "HEALTH", "PORT_HEALTH": "\tHEALTH "}, False),
+        ({"PORT": "a[$(touch pwned)]"}, True),
         ({"PORT_HEALTH": "", "RUNPOD_POD_ID": "x"}, False),
         ({"PORT_HEALTH": "unset", "RUNPOD_ENDPOINT_ID": "x"}, False),
         ({"RUNPOD_ENDPOINT_ID": "x"}, True),
@@ -180,10 +184,16 @@ def test_a_state_file_that_cannot_be_written_stops_nothing(stage: Stage) -> None
     ],
 )
 def test_when_a_health_server_is_started(stage: Stage, env: dict[str, str], serves: bool) -> None:
-    env = {name: str(stage.port) if value == "HEALTH" else value for name, value in env.items()}
+    env = {name: value.replace("HEALTH", str(stage.port)) for name, value in env.items()}
     told = stage.boot(LIFE="5", **env).told()
     assert len(children(told["pid"])) == int(serves)
     assert ("STATE_FILE" in told["env"]) is serves
+    assert not (stage.cwd / "pwned").exists()
+
+
+def test_the_health_port_may_have_spaces_and_noughts(stage: Stage) -> None:
+    stage.boot(LIFE="5", PORT_HEALTH=f" 00{stage.port} ").told()
+    assert eventually(lambda: ask(stage.port)).status == 204
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,14 @@ def test_204_until_the_model_answers_then_200(tmp_path: Path) -> None:
         assert "Corral is ready: " in gateway.stdout
 
 
+def test_a_reload_that_is_asked_for_during_the_start_is_no_end(tmp_path: Path, chat_model: Path) -> None:
+    with running_gateway(tmp_path, ready=False, MODEL_PATH=str(chat_model)) as gateway:
+        eventually(lambda: "tiny" in gateway.stderr)  # llama-server is being started, and nobody listens yet
+        gateway.process.send_signal(signal.SIGHUP)
+        gateway.wait_ready()
+        assert gateway.chat().status == 200
+
+
 def test_503_when_the_gateway_is_stopped_and_200_when_it_goes_on(tmp_path: Path, chat_model: Path) -> None:
     with running_gateway(tmp_path, entrypoint=True, MODEL_PATH=str(chat_model)) as gateway:
         eventually(lambda: ping(gateway) == 200)

@@ -196,6 +196,8 @@ def test_hits_count_as_requests_and_take_no_tokens(gateway: Gateway) -> None:
     assert replies[3].json()["error"]["code"] == "rate_limit_exceeded"
     assert [reply.headers.get("x-cache") for reply in replies[:3]] == ["miss", "hit", "hit"]
     assert [reply.headers["x-ratelimit-remaining-requests"] for reply in replies[:3]] == ["2", "1", "0"]
+    left = str(100 - replies[0].json()["usage"]["total_tokens"])
+    assert [reply.headers["x-ratelimit-remaining-tokens"] for reply in replies[1:3]] == [left, left]
 
 
 def test_clear(gateway: Gateway) -> None:

@@ -71,6 +71,7 @@ def test_an_allowed_origin_may_read_everything(listed: Gateway, origin: str) -> 
         exposed = headers["access-control-expose-headers"].split(", ")
         assert not {name for name in headers if name.startswith("x-")} - {*exposed, "x-accel-buffering"}
         assert {f"x-ratelimit-{what}-{of}" for what in KINDS for of in ("requests", "tokens")} <= set(exposed)
+        assert "request-id" in exposed, "Anthropic's clients look for it"
 
 
 @pytest.mark.parametrize("path", ["/", "/openapi.json"])

@@ -7,8 +7,10 @@ import http.client
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,28 @@ def test_a_request_whose_server_died_before_the_first_byte_is_tried_once_more(tm
         assert gateway.model()["pid"] != first
 
 
+def test_a_whole_answer_whose_server_died_is_tried_once_more(tmp_path: Path, slow_model: Path) -> None:
+    """Its client has seen nothing of it; what was written down is that of the second try alone."""
+    variables = {"MODEL_PATH": str(slow_model), "AUDIT_CONTENT": "full"}
+    with running_gateway(tmp_path, variables) as gateway, ThreadPoolExecutor(1) as pool:
+        first = gateway.model()["pid"]
+        asked = pool.submit(gateway.chat, "tell me", max_tokens=300, temperature=0)
+        eventually(lambda: decoded(gateway) > 20)
+        os.kill(first, signal.SIGKILL)
+        reply = asked.result()
+        assert reply.status == 200 and reply.json()["usage"]["completion_tokens"] == 300
+        assert gateway.model()["pid"] != first
+        assert gateway.stop() == 0
+    answer = reply.json()["choices"][0]["message"]["content"]
+    ((tokens, response),) = rows(tmp_path / "data" / "corral.sqlite", "SELECT tokens_out, response FROM requests")
+    assert tokens == 300 and response == answer
+
+
+def decoded(gateway: Gateway) -> int:
+    slots = gateway.get(f"/upstream/{gateway.model()['model_id']}/slots", key=ADMIN).json()
+    return max(slot["next_token"][0]["n_decoded"] if slot["is_processing"] else 0 for slot in slots)
+
+
 def test_no_llama_server_outlives_a_killed_gateway(tmp_path: Path, chat_model: Path) -> None:
     with running_gateway(tmp_path, MODEL_PATH=str(chat_model)) as gateway:
         child = gateway.model()["pid"]
@@ -100,6 +124,11 @@ def test_single_model_state_goes_back_to_loading_and_to_failed_when_retries_are_
         refused = gateway.chat()
         assert (refused.status, refused.json()["error"]["code"]) == (503, "model_failed")
         assert refused.headers["retry-after"]
+
+
+def listens(gateway: Gateway) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", gateway.port)) == 0
 
 
 class TestShutdown:
@@ -148,6 +177,18 @@ class TestShutdown:
             assert time.monotonic() - begun < 3
             assert not alive(child)
             assert "model.crashed" not in gateway.stderr
+
+    def test_a_second_signal_when_only_llama_server_is_waited_for(self, tmp_path: Path, chat_model: Path) -> None:
+        with running_gateway(tmp_path, MODEL_PATH=str(chat_model)) as gateway:
+            child = gateway.model()["pid"]
+            os.kill(child, signal.SIGSTOP)  # it will not heed SIGTERM
+            gateway.process.send_signal(signal.SIGTERM)
+            eventually(lambda: "server.draining" in gateway.stderr and not listens(gateway))
+            begun = time.monotonic()
+            gateway.process.send_signal(signal.SIGTERM)
+            assert gateway.process.wait(10) == 0
+            assert time.monotonic() - begun < 3
+            assert not alive(child)
 
     def test_while_the_model_loads(self, tmp_path: Path, slow_model: Path) -> None:
         with running_gateway(tmp_path, ready=False, MODEL_PATH=str(slow_model)) as gateway:

@@ -437,6 +437,19 @@ def test_a_chunked_body_is_bounded_as_it_comes(cramped: Gateway) -> None:
     assert reply.headers["connection"] == "close"
 
 
+def test_a_chunked_body_that_comes_at_once_has_the_same_bound(cramped: Gateway) -> None:
+    for size in (2000, 2001):
+        body = json.dumps(chat()).encode().ljust(size)
+        with wire(cramped) as client:
+            head = request("POST", CHAT, headers={"Transfer-Encoding": "chunked"})
+            client.send(head + b"%x\r\n%s\r\n0\r\n\r\n" % (size, body))
+            reply = client.answer()
+        if size == 2000:
+            assert reply.status == 200
+        else:
+            check(reply, 413, "payload_too_large")
+
+
 def test_a_chunked_body(cramped: Gateway) -> None:
     body = json.dumps(chat()).encode()
     chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:7], body[7:]))

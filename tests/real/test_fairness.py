@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from tests.house import ADMIN, Gateway, Response, eventually, running_gateway
+from tests.real.wire import chat, request, wire
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(60)]
 
-KEYS = {name: f"sk-{name}-0123456789abcdefghijABCDEFGHIJ" for name in ("many", "one", "low", "tokens", "single", "day")}
+NAMES = ("many", "one", "low", "tokens", "single", "day", "holds", "six")
+KEYS = {name: f"sk-{name}-0123456789abcdefghijABCDEFGHIJ" for name in NAMES}
 LINES = f"""
 admin:{ADMIN} scope=infer,admin
 many:{KEYS["many"]}
@@ -22,6 +24,8 @@ low:{KEYS["low"]} priority=low
 tokens:{KEYS["tokens"]} tpm=300
 single:{KEYS["single"]} concurrency=1
 day:{KEYS["day"]} budget=100/day
+holds:{KEYS["holds"]} budget=2000/day
+six:{KEYS["six"]}:6 tpm=600
 """
 
 
@@ -119,6 +123,30 @@ def test_tokens_a_day(gateway: Gateway) -> None:
     assert (refused.status, refused.json()["error"]["code"]) == (429, "insufficient_quota")
     assert refused.headers["x-should-retry"] == "false"
     assert int(refused.headers["retry-after"]) > 0
+
+
+def test_what_a_running_request_holds_of_the_day_is_worth_a_short_wait(gateway: Gateway) -> None:
+    key = KEYS["holds"]
+    with wire(gateway) as leaving:
+        leaving.send(request("POST", "/v1/chat/completions", chat(stream=True, max_tokens=1800), key=key))
+        leaving.first_bytes()
+        refused = gateway.chat(key=key, max_tokens=300)
+        assert (refused.status, refused.json()["error"]["code"]) == (429, "concurrency_exceeded")
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        assert "x-should-retry" not in refused.headers
+        too_much = gateway.chat(key=key, max_tokens=2000)
+        assert (too_much.status, too_much.json()["error"]["code"]) == (429, "insufficient_quota")
+    eventually(lambda: gateway.chat(key=key, max_tokens=300).status == 200)
+
+
+def test_who_finds_no_place_is_told_that_it_has_cost_nothing(gateway: Gateway) -> None:
+    with wire(gateway) as running:
+        running.send(request("POST", "/v1/chat/completions", chat(stream=True, max_tokens=1800), key=KEYS["one"]))
+        running.first_bytes()
+        late = gateway.chat(key=KEYS["six"], max_tokens=4, headers={"X-Request-Timeout": "0.1"})
+        assert (late.status, late.json()["error"]["code"]) == (503, "queue_timeout")
+        remaining = [late.headers[f"x-ratelimit-remaining-{what}"] for what in ("requests", "tokens")]
+        assert remaining == ["6", "600"]
 
 
 def test_who_cannot_be_served_in_time_is_told_at_once(gateway: Gateway) -> None:

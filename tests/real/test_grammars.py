@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import pytest
 from gateway.errors import BadRequest
 from gateway.models.parser import CPU_SECONDS, GrammarParser, Untested
 from scripts import make_model
-from tests.house import ADMIN, ROOT, Gateway, eventually, llama_server, running_gateway, soon
+from tests.house import ADMIN, ROOT, USER, Gateway, eventually, llama_server, running_gateway, soon
 
 pytestmark = pytest.mark.real
 
@@ -317,9 +318,165 @@ def test_without_a_llama_server_of_our_own_the_bounds_decide(gateway: Gateway, t
     path = os.pathsep.join(
         part for part in os.environ["PATH"].split(os.pathsep) if not Path(part, "llama-server").exists()
     )
-    with running_gateway(tmp_path, LLAMA_URL=gateway.url, API_KEY=ADMIN, PATH=path, LLAMA_SERVER_PATH="") as remote:
+    key = tmp_path / "key"
+    key.write_text(USER)
+    remote_is = {"LLAMA_URL": gateway.url, "LLAMA_API_KEY_FILE": str(key), "PATH": path, "LLAMA_SERVER_PATH": ""}
+    with running_gateway(tmp_path, remote_is, API_KEY=ADMIN) as remote:
         assert store(remote, "fine", "root ::= nothing")["version"] == 1
         assert store(remote, "wide", 'root ::= "a"{1001}', 400)["error"]["param"] == "content"
+
+
+# --- inline ones that lead back to themselves
+
+# As they lie in llama.cpp's folder grammars/.
+RECURSIVE = {
+    "json": r"""root   ::= object
+value  ::= object | array | string | number | ("true" | "false" | "null") ws
+
+object ::=
+  "{" ws (
+            string ":" ws value
+    ("," ws string ":" ws value)*
+  )? "}" ws
+
+array  ::=
+  "[" ws (
+            value
+    ("," ws value)*
+  )? "]" ws
+
+string ::=
+  "\"" (
+    [^"\\\x7F\x00-\x1F] |
+    "\\" (["\\bfnrt] | "u" [0-9a-fA-F]{4}) # escapes
+  )* "\"" ws
+
+number ::= ("-"? ([0-9] | [1-9] [0-9]{0,15})) ("." [0-9]+)? ([eE] [-+]? [0-9] [1-9]{0,15})? ws
+
+# Optional space: by convention, applied in this grammar after literal chars when allowed
+ws ::= | " " | "\n" [ \t]{0,20}
+""",
+    "arithmetic": r"""root  ::= (expr "=" ws term "\n")+
+expr  ::= term ([-+*/] term)*
+term  ::= ident | num | "(" ws expr ")" ws
+ident ::= [a-z] [a-z0-9_]* ws
+num   ::= [0-9]+ ws
+ws    ::= [ \t\n]*
+""",
+    "c": r"""root ::= (declaration)*
+
+declaration ::= dataType identifier "(" parameter? ")" "{" statement* "}"
+
+dataType  ::= "int" ws | "float" ws | "char" ws
+identifier ::= [a-zA-Z_] [a-zA-Z_0-9]*
+
+parameter ::= dataType identifier
+
+statement ::=
+    ( dataType identifier ws "=" ws expression ";" ) |
+    ( identifier ws "=" ws expression ";" ) |
+    ( identifier ws "(" argList? ")" ";" ) |
+    ( "return" ws expression ";" ) |
+    ( "while" "(" condition ")" "{" statement* "}" ) |
+    ( "for" "(" forInit ";" ws condition ";" ws forUpdate ")" "{" statement* "}" ) |
+    ( "if" "(" condition ")" "{" statement* "}" ("else" "{" statement* "}")? ) |
+    ( singleLineComment ) |
+    ( multiLineComment )
+
+forInit ::= dataType identifier ws "=" ws expression | identifier ws "=" ws expression
+forUpdate ::= identifier ws "=" ws expression
+
+condition ::= expression relationOperator expression
+relationOperator ::= ("<=" | "<" | "==" | "!=" | ">=" | ">")
+
+expression ::= term (("+" | "-") term)*
+term ::= factor(("*" | "/") factor)*
+
+factor ::= identifier | number | unaryTerm | funcCall | parenExpression
+unaryTerm ::= "-" factor
+funcCall ::= identifier "(" argList? ")"
+parenExpression ::= "(" ws expression ws ")"
+
+argList ::= expression ("," ws expression)*
+
+number ::= [0-9]+
+
+singleLineComment ::= "//" [^\n]* "\n"
+multiLineComment ::= "/*" ( [^*] | ("*" [^/]) )* "*/"
+
+ws ::= ([ \t\n]+)
+""",
+    "a list": 'root ::= "a" root | "b"',
+}
+TWOFOLD = 'root ::= "a" root "b" | "a" root "c"'
+NESTING = {
+    "without end": TWOFOLD,
+    "with a way out": f'{TWOFOLD} | "d"',
+    "out of many": f'{TWOFOLD} | "d" | "e" | "f" | "g"',
+    "through another": 'root ::= "x" other\nother ::= "a" root "b" | "a" root "c" | "d"',
+    "forty rules": "root ::= r0\nr40 ::= []\n"
+    + "".join(f'r{i} ::= "a" r{i + 1} "b" | "a" r{i + 1} "c"\n' for i in range(40)),
+}
+
+
+@pytest.mark.parametrize("kind", RECURSIVE)
+def test_usual_grammars_that_lead_back_to_themselves_pass(gateway: Gateway, kind: str) -> None:
+    for path in ("/v1/completions", "/v1/messages"):
+        reply = gateway.request("POST", path, ROUTES[path] | {"grammar": RECURSIVE[kind], "max_tokens": 20})
+        assert reply.status == 200, reply.body
+    begun = time.monotonic()
+    assert gateway.chat(grammar=RECURSIVE[kind]).status == 200
+    assert time.monotonic() - begun < 1, "that it passed is remembered"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", NESTING)
+def test_one_that_doubles_with_every_token_keeps_no_model_busy(gateway: Gateway, kind: str) -> None:
+    before, asked = gateway.model()["pid"], {"prompt": "hi", "max_tokens": 200, "grammar": NESTING[kind]}
+    with ThreadPoolExecutor(1) as pool:
+        refused = pool.submit(gateway.request, "POST", "/v1/completions", asked, seconds=50)
+        while not refused.done():
+            assert gateway.slots_busy() == 0
+            assert gateway.chat().status == 200
+            wait([refused], timeout=0.1)
+    for reply in (refused.result(), gateway.request("POST", "/v1/completions", asked)):
+        error = reply.json()["error"]
+        assert (reply.status, error["code"], error["param"]) == (400, "invalid_request", "grammar")
+        assert "busy" in error["message"]
+    assert gateway.model()["pid"] == before
+
+
+@pytest.mark.timeout(60)
+async def test_who_sends_many_that_take_long_keeps_no_others_waiting() -> None:
+    parser = GrammarParser(llama_server(), {"PATH": os.environ["PATH"]})
+    slow = [asyncio.create_task(parser.test(f"{TWOFOLD} # {number}", "bob")) for number in range(5)]
+    await soon(lambda: len(parsers()) == 1)
+    await parser.test(ONLY, "alice")
+    assert not any(task.done() for task in slow)
+    assert len(parsers()) == 1, "his take turns"
+    for task in slow:
+        task.cancel()
+    await asyncio.wait(slow)
+    assert parsers() == []
+    await parser.test(ONLY + " # again", "bob")
+
+
+def test_who_leaves_while_it_is_tried_leaves_nothing_behind(gateway: Gateway) -> None:
+    with pytest.raises(TimeoutError):
+        gateway.request("POST", "/v1/completions", {"prompt": "hi", "grammar": f"{TWOFOLD} # left"}, seconds=1)
+    eventually(lambda: not parsers(gateway.process.pid))
+    assert gateway.get("/health", key=None).json()["queue"]["active"] == 0
+
+
+def test_who_waits_no_longer_than_so_is_told(gateway: Gateway) -> None:
+    reply = gateway.request(
+        "POST",
+        "/v1/completions",
+        {"prompt": "hi", "grammar": f"{TWOFOLD} # hurry"},
+        headers={"X-Request-Timeout": "1"},
+    )
+    assert (reply.status, reply.json()["error"]["code"]) == (503, "queue_timeout")
+    assert parsers(gateway.process.pid) == []
 
 
 # --- what the parser dies of
@@ -332,13 +489,13 @@ HOSTILE = {
 }
 
 
-def parsers() -> list[int]:
-    """The throw-away processes of this one."""
+def parsers(parent_pid: int | None = None) -> list[int]:
+    """The throw-away processes of this one, or of a gateway."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == os.getpid() and b"/corral-" in (process / "cmdline").read_bytes():
+            if parent == (parent_pid or os.getpid()) and b"/corral-" in (process / "cmdline").read_bytes():
                 found.append(int(process.name))
     return found
 

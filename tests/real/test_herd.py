@@ -19,9 +19,10 @@ from typing import Any
 import pytest
 
 from tests.fake_llama import install
-from tests.house import ADMIN, Gateway, alive, eventually
+from tests.house import ADMIN, Gateway, alive, eventually, free_port, running_gateway
 from tests.real.herd import (
     CHAT,
+    SMALL,
     ask,
     children,
     herd,
@@ -353,3 +354,35 @@ def test_a_models_file_is_read_anew(tmp_path: Path, folder: Path, slow_model: Pa
         assert json.loads(gateway.get("/metrics", key=None, headers={"Accept": "application/json"}).body)
         gateway.process.send_signal(signal.SIGHUP)
         assert "Traceback" not in gateway.stderr
+
+
+def readiness(gateway: Gateway) -> int:
+    return gateway.get("/readyz", key=None).status
+
+
+@pytest.mark.parametrize("preload", [["*"], ["far", "good"]])
+def test_a_foreign_server_that_is_away_does_not_hold_the_service(
+    tmp_path: Path, folder: Path, preload: list[str]
+) -> None:
+    models = {"far": {"url": f"http://127.0.0.1:{free_port()}"}, "good": {"model_path": str(folder / "m1.gguf")}}
+    with herd(tmp_path, models, {"preload_models": preload}) as gateway:
+        assert states(gateway) == {"far": "loading", "good": "ready"}
+        row = gateway.get("/v1/models/far/status", key=ADMIN).json()
+        assert row["error_message"] == f"no healthy llama-server at {models['far']['url']}"
+
+
+def test_a_model_on_demand_that_answers_makes_up_for_one_that_failed(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + b"\xff" * 500)
+    models = {
+        "broken": {"model_path": str(tmp_path / "broken.gguf")},
+        "good": {"model_path": str(folder / "m1.gguf")},
+    }
+    write_models(tmp_path, models, {"preload_models": ["broken"]})
+    variables = SMALL | {"CONFIG_PATH": str(tmp_path / "models.json")}
+    with running_gateway(tmp_path, variables, ready=False) as gateway:
+        until(gateway, "broken", "failed", seconds=20)
+        assert readiness(gateway) == 503
+        assert ask(gateway, "good").status == 200
+        assert readiness(gateway) == 200
+        assert gateway.request("POST", "/v1/models/eject", {"model": "good"}, key=ADMIN).status == 200
+        assert readiness(gateway) == 200, "an unload keeps it so"

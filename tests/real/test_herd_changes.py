@@ -314,6 +314,36 @@ def test_commands_of_a_key_that_may_use_some_models_alone(tmp_path: Path, folder
         assert states(gateway)["b"] == "off"
         ask(gateway, "b", key=ADMIN)
         assert [row["id"] for row in gateway.get("/vram", key=some).json()["models"]] == ["a"]
+        assert gateway.get("/upstream/b/props", key=ADMIN).status == 200
+        foreign = gateway.get("/upstream/b/props", key=some)
+        assert foreign.status == 404 and foreign.json()["error"]["message"].endswith("there are: a")
+
+
+def test_a_plan_names_no_model_that_the_key_may_not_use(tmp_path: Path, folder: Path) -> None:
+    some = "sk-some-0123456789abcdefghijABCDEFGHIJ"
+    keys = tmp_path / "api_keys.txt"
+    keys.write_text(f"admin:{ADMIN} scope=infer,admin\nsome:{some} scope=infer,admin models=a\n")
+    keys.chmod(0o600)
+    models = {"a": real(folder, 0), "secret": real(folder, 1, pinned=True), "gone": {"model_path": "gone.gguf"}}
+    with herd(tmp_path, models, {"max_concurrent_models": 1}) as gateway:
+
+        def plan(model: str, key: str) -> dict[str, Any]:
+            found: dict[str, Any] = gateway.request("POST", "/v1/plan", {"model": model}, key=key).json()
+            return found
+
+        ask(gateway, "secret", key=ADMIN)
+        reason = "a cannot be loaded: max_concurrent_models is 1, and secret cannot go"
+        told = plan("a", ADMIN)
+        assert (told["fits"], told["blocked_by"], told["reason"]) == (False, ["secret"], reason)
+        told = plan("a", some)
+        assert (told["fits"], told["blocked_by"]) == (False, [])
+        assert told["reason"] == reason.replace("secret", "another model")
+        told = plan("gone", ADMIN)
+        assert (told["fits"], told["evict"], told["blocked_by"]) == (False, [], [])
+        assert "gone.gguf" in told["reason"]
+        assert ask(gateway, "gone", key=ADMIN).status == 503
+        ejected = gateway.request("POST", "/v1/models/eject", {"model": "gone"}, key=ADMIN)
+        assert (ejected.status, ejected.json()["status"]) == (200, states(gateway)["gone"]) == (200, "failed")
 
 
 # --- the end

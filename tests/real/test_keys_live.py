@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from gateway.stores.keys import hashes
 from tests.house import ADMIN, FAKE_LLAMA, USER, Gateway, Response, eventually, running_gateway
 from tests.real.scrape import Growth, Scrape
 from tests.real.wire import chat, request, wire
@@ -362,3 +363,19 @@ def test_failures_are_throttled_per_address_and_valid_keys_are_not(tmp_path: Pat
         scrape = Scrape(gateway)
         assert scrape.total("gateway_auth_failures_total") == statuses.count(401) + 1
         assert scrape.total("gateway_rate_limited_total", reason="auth_failures") == statuses.count(429) + 1
+
+
+def test_a_chosen_key_is_never_throttled(tmp_path: Path, chat_model: Path) -> None:
+    """Neither many first uses at once, nor one from an address that sent too many wrong keys."""
+    keys = tmp_path / "api_keys.txt"
+    chosen = ["my-own-secret-0123456789", "another-secret-0123456789"]
+    keys.write_text("".join(f"own{number}:{hashes.slow_hash(each)}\n" for number, each in enumerate(chosen)))
+    with running_gateway(tmp_path, MODEL_PATH=str(chat_model)) as gateway:
+
+        def knock(key: str) -> int:
+            return gateway.get("/v1/models", key=key).status
+
+        with ThreadPoolExecutor(30) as pool:
+            assert set(pool.map(knock, [chosen[0]] * 30)) == {200}
+        assert [knock("wrong-secret-0123456789") for _ in range(25)][-1] == 429
+        assert knock(chosen[1]) == 200

@@ -92,7 +92,55 @@ async def test_a_job_that_others_refused_three_times_is_given_up(
             answer = await here.answer("unloved")
             assert answer["error"]["code"] == "backend_error"
             (letter,) = await here.dead("tiny")
-            assert letter["deliveries"] == 4 and "refused 3 times" in letter["reason"]
+            assert letter["deliveries"] == 4 and "was delivered 3 times without a word" in letter["reason"]
+
+
+async def test_a_job_that_made_three_workers_vanish_is_given_up(
+    server: NatsServer, tmp_path: Path, chat_model: Path
+) -> None:
+    await impatient(server, "tiny", ack_wait=0.5)
+    async with office(server) as here:
+        await here.send("tiny", {"req_id": "deadly", "input": "hi", "params": SHORT})
+        stranger = await here.client.jetstream().pull_subscribe_bind("tiny", "INFERENCE")
+        for _ in range(3):
+            await stranger.fetch(1, timeout=5)  # and no word about it
+        with running_worker(tmp_path / "worker", server, chat_model):
+            assert (await here.answer("deadly"))["error"]["code"] == "backend_error"
+            (letter,) = await here.dead("tiny")
+            assert letter["deliveries"] == 4 and letter["failures"] == []
+            assert letter["reason"].startswith("was delivered 3 times without a word")
+            assert await here.pending() == 0
+
+
+async def test_a_job_whose_last_word_was_lost_each_time_is_answered_from_what_is_kept(
+    server: NatsServer, tmp_path: Path, chat_model: Path
+) -> None:
+    await impatient(server, "tiny", ack_wait=0.5)
+    async with office(server) as here:
+        job: dict[str, Any] = {"input": "hi", "params": SHORT}
+        with running_worker(tmp_path / "worker", server, chat_model) as worker:
+            answer = await here.ask("tiny", "done", **job)
+            assert worker.stop() == 0
+        await here.send("tiny", {"req_id": "done"} | job)  # its answer is kept, as that of one delivered again
+        stranger = await here.client.jetstream().pull_subscribe_bind("tiny", "INFERENCE")
+        for _ in range(4):
+            await stranger.fetch(1, timeout=5)
+        with running_worker(tmp_path / "worker", server, chat_model):
+            assert await here.answer("done", number=2) == answer
+            await until_async(here.pending, 0)
+            assert not await here.dead("tiny")
+
+
+async def test_a_bucket_that_was_deleted_is_made_again_and_no_work_is_lost(
+    server: NatsServer, tmp_path: Path, chat_model: Path
+) -> None:
+    with running_worker(tmp_path / "worker", server, chat_model):
+        async with office(server) as here:
+            await here.ask("tiny", "before", input="hi", params=SHORT)
+            await here.client.jetstream().delete_key_value("inference_jobs")
+            assert (await here.ask("tiny", "after", input="hi", params=SHORT))["tokens_out"] == 5
+            await until_async(here.pending, 0)
+            assert await here.deliveries("tiny") == 2, "each once"
 
 
 async def test_a_job_that_loads_and_runs_for_longer_than_the_ack_wait_is_delivered_once(

@@ -75,11 +75,13 @@ async def test_a_thousand_jobs_over_three_workers_that_are_killed(tmp_path: Path
         dead = {letter["req_id"]: letter["reason"] for letter in await here.dead("tiny")}
         assert crew.killed >= 3, "the workers were faster than the killer"
         assert redelivered >= 3, "they were killed while they worked"
-        assert dead == {}, "nobody is punished for having been on a killed worker"
+        assert all("delivered 3 times without a word" in reason for reason in dead.values()), dead
+        assert len(dead) <= 2, "to be on three killed workers takes bad luck"
         assert sorted(here.answers) == sorted(ids)
-        for told in here.answers.values():
+        for req_id, told in here.answers.items():
             assert all(again == told[0] for again in told), "a repeated answer is the same"
-            assert "error" not in told[0] and told[0]["tokens_out"] >= 5
+            assert ("error" in told[0]) == (req_id in dead)
+            assert req_id in dead or told[0]["tokens_out"] >= 5
 
 
 async def test_nats_killed_in_the_middle_of_many_jobs(tmp_path: Path, chat_model: Path) -> None:

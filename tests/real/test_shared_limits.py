@@ -72,6 +72,8 @@ def test_redis_dies_in_the_middle(tmp_path: Path, chat_model: Path, redis_server
         assert set(ask(gateways, 20)) <= {"200", "rate_limit_exceeded"}
         assert time.monotonic() - begun < 2, "nobody waits for Redis once the breaker is open"
         assert not is_up(gateways[0])
+        refused = gateways[0].chat(key=USER, max_tokens=1)
+        assert (refused.status, refused.headers["x-ratelimit-remaining-requests"]) == (429, "0")
         assert "gateway_redis_up 0.0" in gateways[0].get("/metrics", key=None).body.decode()
         redis_server.start()
         for gateway in gateways:

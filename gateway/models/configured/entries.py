@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import math
 import re
 import shlex
@@ -11,13 +12,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from gateway.crosscheck import HTTP_URL, is_http_url
 from gateway.environment import secret_named
 from gateway.errors import ConfigError
 from gateway.models.command import check_env, check_flags, flag_value
 from gateway.models.configured.file import shown, unknown_keys
 from gateway.models.configured.scan import beside, locate, projector
 from gateway.models.configured.template import make_template
-from gateway.models.configured.translate import PARAMS
+from gateway.models.configured.translate import PARAMS, are_slots
 from gateway.models.fetching.hub import HubModel
 from gateway.models.fetching.partial import DownloadError
 from gateway.models.spec import ModelSpec
@@ -29,6 +31,7 @@ KEYS = (
 _ONLY_LOCAL = ("flags", "env", "chat_template_file", "prompt_template")
 # What the request itself is about, and so cannot have a default.
 _NO_DEFAULTS = ("messages", "prompt", "input", "model", "stream")
+_SLOTS = "a whole number from 1 to 4096"
 _ID = re.compile(r"(?!\s)[^\x00-\x1f\x7f]{1,200}(?<!\s)")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
@@ -86,13 +89,13 @@ class _Entry:
             "flags": flags,
             "env": env,
             "aliases": self._texts("aliases"),
-            "slots": self._take("slots", lambda v: type(v) is int and 1 <= v <= 4096, "a whole number of at least 1"),
+            "slots": self._take("slots", are_slots, _SLOTS),
             "pinned": self._take("pinned", lambda v: isinstance(v, bool), "true or false") or False,
             "idle_timeout": self._take("idle_timeout_sec", _is_seconds, "seconds, 0 = never"),
             "defaults": self._defaults(),
             "api_key_env": self._take("api_key_env", _is_variable, "the name of a variable"),
-            "chat_template_file": self._chat_template_file(),
             "prompt_template": self._prompt_template(),
+            **self._chat_template(),
         }
         if "--embedding" in flags or "--embeddings" in flags:
             about["embedding"] = True
@@ -119,25 +122,25 @@ class _Entry:
         return about
 
     def _local(self, about: Mapping[str, Any]) -> dict[str, Any]:
-        name = self._text("model_path")
+        name = self._path("model_path")
         if name is None:
             return {}
         try:
-            path = locate(self.folder, str(Path(name).expanduser()))
+            path = locate(self.folder, str(name))
         except (ConfigError, OSError) as error:
             reason = error.problems[0] if isinstance(error, ConfigError) else error.strerror
             return {"problem": f"model_path {self.folder / name}: {reason}"}
         if path is None:
             return {"path": self.folder / name, "problem": f"model_path {self.folder / name}: no such file"}
         found: dict[str, Any] = {"path": path, "mmproj": projector(path)}
-        own = about["prompt_template"] or about["chat_template_file"] or _says_template(about["flags"])
+        own = about["prompt_template"] or "chat_template_file" in about or _says_template(about["flags"])
         if not own:
             found["prompt_template"], found["problem"] = beside(path)
         return found
 
     def _remote(self, url: str, key: str | None) -> dict[str, Any]:
-        if not re.fullmatch(r"https?://[^/\s]+[^\s]*", url):
-            self.fail("url", "must begin with http:// or https://")
+        if not is_http_url(url):
+            self.fail("url", HTTP_URL)
         for name in _ONLY_LOCAL:
             if self.values.get(name) is not None:
                 self.fail(name, "has no effect on a url: that server is started by someone else")
@@ -170,6 +173,14 @@ class _Entry:
             key, lambda v: isinstance(v, str) and v.strip() != "" and v.isprintable(), "text that is not empty"
         )
         return value
+
+    def _path(self, key: str) -> Path | None:
+        text = self._text(key)
+        try:
+            return Path(text).expanduser() if text is not None else None
+        except RuntimeError:
+            self.fail(key, f"{text}: there is no such user's home")
+            return None
 
     def _texts(self, key: str) -> tuple[str, ...]:
         """A list of texts; one alone may stand for a list of it."""
@@ -230,17 +241,24 @@ class _Entry:
                 self.fail(f"defaults.{name}", f"must be a JSON value, not {shown(value)}")
         return dict(values)
 
-    def _chat_template_file(self) -> Path | None:
-        name = self._text("chat_template_file")
+    def _chat_template(self) -> dict[str, Any]:
+        name = self._path("chat_template_file")
         if name is None:
-            return None
+            return {}
         if self.values.get("prompt_template") is not None:
             self.fail("chat_template_file", "and prompt_template cannot both be given")
-        candidates = [folder / Path(name).expanduser() for folder in (self.file.parent, self.folder)]
-        found = next((path for path in candidates if path.is_file()), None)
-        if found is None:
-            self.fail("chat_template_file", f"there is no {' nor '.join(str(p) for p in dict.fromkeys(candidates))}")
-        return found
+        candidates = dict.fromkeys(folder / name for folder in (self.file.parent, self.folder))
+        for path in candidates:
+            try:
+                if path.is_file():
+                    with path.open("rb") as file:
+                        digest = hashlib.file_digest(file, "sha256").hexdigest()
+                    return {"chat_template_file": path, "chat_template_sha256": digest}
+            except OSError as error:
+                self.fail("chat_template_file", f"{path} cannot be read: {error.strerror}")
+                return {}
+        self.fail("chat_template_file", f"there is no {' nor '.join(map(str, candidates))}")
+        return {}
 
     def _prompt_template(self) -> Any:
         value = self.values.get("prompt_template")
@@ -261,7 +279,7 @@ class _Entry:
 def _wrong_param(key: str, value: Any) -> str:
     if key == "additional_parameter" and isinstance(value, str):
         return "is no text that a shell could read"
-    what = "true or false" if key == "embedding" else "text or a number"
+    what = {"embedding": "true or false", "parallel_override": _SLOTS}.get(key, "text or a number")
     return f"must be {what}, not {shown(value)}"
 
 

@@ -5,6 +5,7 @@ What a model's own entry may say is checked in entries.py, when it is known that
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import re
@@ -23,9 +24,12 @@ _OTHER_KEYS = (
     "system.max_concurrent_models",
     "system.preload_models",
     "system.enable_idle_timeout",
+    "system.use_mmap",
+    "system.flash_attention",
     "system.gpu_devices",
     "system.vram_multiplier",
 )
+_MODELS = re.compile(r"""^["']?models["']?\s*:|^[{\s]*"models"\s*:""", re.MULTILINE)
 _HALF = re.compile(r"[\ud800-\udfff]")
 _MAX_BYTES, _MAX_VALUES, _MAX_DEPTH = 1 << 20, 50_000, 32
 
@@ -34,6 +38,7 @@ _MAX_BYTES, _MAX_VALUES, _MAX_DEPTH = 1 << 20, 50_000, 32
 class ModelsFile:
     """`content` is in today's words, without comments; problems and warnings begin with the file's name."""
 
+    path: Path
     content: dict[str, Any]
     has_models: bool
     problems: tuple[str, ...]
@@ -67,11 +72,40 @@ def read_models_file(path: Path, *, with_models: bool = True) -> ModelsFile:
     warnings = translate(tree)
     problems += _section_problems(tree)
     return ModelsFile(
+        path,
         tree,
         has_models,
         tuple(f"{path}: {problem}" for problem in problems),
         tuple(f"{path}: {warning}" for warning in warnings),
     )
+
+
+def find_models_file(candidates: Iterable[Path], *, with_models: bool = True) -> tuple[ModelsFile | None, list[str]]:
+    """The first that has `models`, and a warning for each that was passed over because it cannot be read.
+
+    That one belongs to some other program in a shared folder, unless it says `models` somehow: a slip in a file that is
+    meant for us must not go unnoticed, least of all at a reload. Then ConfigError is raised.
+    """
+    warnings = []
+    for path in candidates:
+        try:
+            found = read_models_file(path, with_models=with_models)
+        except ConfigError as error:
+            if _says_models(path):
+                raise
+            warnings += [f"{problem}; passed over, as it seems to be no models file" for problem in error.problems]
+        else:
+            if found.has_models:
+                return found, warnings
+    return None, warnings
+
+
+def _says_models(path: Path) -> bool:
+    """Of a file that cannot be parsed, by its look."""
+    with contextlib.suppress(ConfigError):
+        text = _text(path).lstrip()
+        return not text.startswith("[") and _MODELS.search(text) is not None
+    return False
 
 
 def unknown_keys(section: Mapping[str, Any], known: Iterable[str], prefix: str = "") -> Iterator[str]:
@@ -208,8 +242,10 @@ def _system_problems(system: Mapping[str, Any]) -> Iterator[str]:
             yield f"system.{key}: must be a whole number of at least 1, not {shown(value)}"
         elif key == "vram_multiplier" and not (type(value) in (int, float) and 1 <= value <= 10):
             yield f"system.{key}: must be a number from 1 to 10, not {shown(value)}"
-        elif key == "enable_idle_timeout":  # a right one was translated
+        elif key in ("enable_idle_timeout", "use_mmap"):  # right ones were translated
             yield f"system.{key}: must be true or false, not {shown(value)}"
+        elif key == "flash_attention":
+            yield f"system.{key}: must be on, off or auto, not {shown(value)}"
         elif key == "preload_models" and not _all(value, lambda name: isinstance(name, str) and name):
             yield f'system.{key}: must be a list of ids or aliases, or ["*"], not {shown(value)}'
         elif key == "gpu_devices" and not _all(value, _is_device):

@@ -149,7 +149,10 @@ def _embeds(path: Path) -> bool | None:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    waiting, seen = [folder], {folder.resolve()}  # a link may lead back
+    try:
+        waiting, seen = [folder], {folder.resolve()}  # a link may lead back
+    except RuntimeError:  # to itself
+        return
     while waiting:
         try:
             entries = list(waiting.pop().iterdir())

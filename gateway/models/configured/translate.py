@@ -12,6 +12,9 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
+from gateway.crosscheck import without_v1
+from gateway.environment import place_in
+
 Section = dict[str, Any]
 
 SEED_IDLE_SECONDS = 300  # the seed's own default, where only `enable_idle_timeout` is said
@@ -48,13 +51,15 @@ PARAMS = (*_FLAGS, "embedding", "parallel_override", "additional_parameter")
 
 
 def translate(tree: Section) -> list[str]:
-    """Changes `tree` in place; returns the warnings, each with its path."""
-    warnings = [*_placeholders(tree), *_gone(tree)]
-    api, system = _section(tree, "api"), _section(tree, "system")
-    _move(api, "rate_limit", tree, "rate_limit")
-    if isinstance(limit := tree.get("rate_limit"), dict) and "redis_url" in limit:
-        _move(limit, "redis_url", tree.setdefault("redis", {}), "url")
-    _move(system, "parallel_requests", system, "default_parallel")
+    """Changes `tree` in place; returns the warnings, each with its path.
+
+    `_moved` (in a file it would be a comment) says of what was put elsewhere where it stood.
+    """
+    warnings = [*_placeholders(tree), *_gone(tree), *_bases(tree)]
+    _move(tree, "api.rate_limit", "rate_limit")
+    _move(tree, "rate_limit.redis_url", "redis.url")
+    _move(tree, "system.parallel_requests", "system.default_parallel")
+    system = _section(tree, "system")
     _idle(system)
     common = _common_flags(system)
     models = tree.get("models")
@@ -62,8 +67,12 @@ def translate(tree: Section) -> list[str]:
         if isinstance(model, dict):
             _params(model)
     if common:
-        system["_flags"] = common  # no key that a file could have: there it would be a comment
+        system["_flags"] = common  # as above: no key that a file could have
     return warnings
+
+
+def are_slots(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= 4096
 
 
 def _placeholders(tree: Section) -> Iterator[str]:
@@ -94,6 +103,14 @@ def _gone(tree: Section) -> Iterator[str]:
             if hint:
                 del section[key]
                 yield f"{path}: has no meaning here; {hint}"
+
+
+def _bases(tree: Section) -> Iterator[str]:
+    for name, model in _section(tree, "models").items():
+        url = model.get("url") if isinstance(model, dict) else None
+        if isinstance(url, str) and (bare := without_v1(url)) != url:
+            model["url"] = bare
+            yield f"models.{name}.url: ends in /v1, which was left out: a llama-server is named by its address alone"
 
 
 def _idle(system: Section) -> None:
@@ -139,8 +156,9 @@ def _params(model: Section) -> None:
         with contextlib.suppress(ValueError):  # else it stays, and is told
             flags += shlex.split(extra)
             del params["additional_parameter"]
-    if params.get("parallel_override") is not None:
-        _move(params, "parallel_override", model, "slots")
+    if are_slots(params.get("parallel_override")):
+        slots = params.pop("parallel_override")
+        model["slots"] = slots if model.get("slots") is None else model["slots"]
     own = model.get("flags")
     if flags and (own is None or isinstance(own, list)):
         model["flags"] = [*flags, *(own or ())]
@@ -156,12 +174,19 @@ def _flag(key: str, flag: str, value: str | float) -> list[str]:
     return [flag, "999" if key == "n_gpu_layers" and str(value) == "-1" else str(value)]
 
 
-def _move(source: Section, key: str, target: Section, name: str) -> None:
-    """What `target` says itself wins."""
-    if key in source:
-        value = source.pop(key)
-        if value is not None and isinstance(target, dict) and target.get(name) is None:
-            target[name] = value
+def _move(tree: Section, path: str, to: str) -> None:
+    """What stands at `to` already wins."""
+    source, _, key = path.rpartition(".")
+    section, _, name = to.rpartition(".")
+    if key not in (origin := _section(tree, source)):
+        return
+    value = origin.pop(key)
+    if section and tree.get(section) is None:
+        tree[section] = {}
+    target = tree[section] if section else tree
+    if value is not None and isinstance(target, dict) and target.get(name) is None:
+        target[name] = value
+        tree.setdefault("_moved", {})[to] = place_in(tree, path)
 
 
 def _section(tree: Section, name: str) -> Section:

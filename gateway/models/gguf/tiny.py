@@ -35,6 +35,10 @@ def tiny_model() -> bytes:
     return head.ljust(_aligned(len(head)), b"\0") + bytes(sum(sizes))
 
 
+def token_of(byte: int) -> int:
+    return _EOS + 1 + byte
+
+
 def _hyperparameters() -> dict[str, Value]:
     return {
         "general.architecture": "llama",

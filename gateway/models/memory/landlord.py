@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from gateway.errors import InsufficientMemory
@@ -14,6 +15,13 @@ from gateway.models.policy import Budget, Need, Resident, Room, find_room
 
 log = logging.getLogger("corral.models")
 MIB = 1024 * 1024
+
+
+def named(models: Sequence[str], visible: Callable[[str], bool]) -> str:
+    """Their ids, and only the number of those that are not `visible` to the one who asks."""
+    hidden = sum(not visible(model) for model in models)
+    others = ["another model" if hidden == 1 else f"{hidden} other models"] if hidden else []
+    return ", ".join([*filter(visible, models), *others])
 
 
 class Tenant(Protocol):
@@ -150,20 +158,31 @@ class Landlord:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(max(0.0, min(again) - self._clock()), self.look)
 
-    def refusal(self, tenant: Tenant, need: Need, room: Room | None = None) -> InsufficientMemory:
-        """The numbers, for those who asked."""
+    def refusal(
+        self, tenant: Tenant, need: Need, room: Room | None = None, visible: Callable[[str], bool] = lambda _: True
+    ) -> InsufficientMemory:
+        """The numbers, for those who asked; others are named if `visible`."""
+        if room is not None and self._only_too_many(need, room):
+            most = f"max_concurrent_models is {self.budget.max_models}"
+            text = f"{tenant.id} cannot be loaded: {most}, and {named(room.busy, visible)} cannot go"
+            return InsufficientMemory(text, retry_after=30)
         text = f"{tenant.id} needs {mib(need, self.budget)} MiB"
         if self.budget.in_all is not None:
             text += f" of the {self.budget.in_all // MIB} MiB that models may use"
         for device, limit in self.budget.limits.items():
             if need.get(device, 0) > limit:
                 text += f", on {device} {need[device] // MIB} MiB of {limit // MIB}"
-        if self._booked:
-            held = ", ".join(f"{name} {mib(one, self.budget)} MiB" for name, one in self.needs.items())
-            text += f"; {held} are loaded"
+        held = [f"{name} {mib(one, self.budget)} MiB" for name, one in self.needs.items() if visible(name)]
+        if held:
+            text += f"; {', '.join(held)} are loaded"
         if room is not None and room.busy:
-            text += f"; {', '.join(room.busy)} cannot go"
+            text += f"; {named(room.busy, visible)} cannot go"
         return InsufficientMemory(text, retry_after=30)
+
+    def _only_too_many(self, need: Need, room: Room) -> bool:
+        """Whether there is memory for it beside those that cannot go."""
+        beside = [self.needs[name] for name in room.busy]
+        return bool(beside) and replace(self.budget, max_models=None).holds([*beside, need])
 
     @staticmethod
     def _whom(room: Room) -> str:

@@ -176,8 +176,8 @@ class Seat:
             self.found = self._young(await self._cache.answers.get(self.key))
 
     def claim(self, claim: Claim) -> Claim:
-        """What is found counts as a request; it takes no tokens."""
-        return claim if self.found is None else msgspec.structs.replace(claim, tpm=0, budget=0, tokens=0)
+        """What is found counts as a request; it takes no tokens, and passes where none are left."""
+        return claim if self.found is None else msgspec.structs.replace(claim, budget=0, tokens=0)
 
     async def answered(self, answer: Answer, record: Record, go: Go) -> bool:
         """Bring an answer to `answer`, by `go` where there is none; whether it came from llama-server as a stream.

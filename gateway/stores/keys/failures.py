@@ -15,34 +15,32 @@ class Failures:
         self._addresses = addresses
         self._full_at: OrderedDict[str, float] = OrderedDict()  # when the address has its whole burst again
 
+    def wait(self, address: str, now: float) -> float:
+        """Seconds until a failure is allowed again; 0 if one is now."""
+        over = self._debt(source(address), now) + self._interval - self._per
+        return over if over > 1e-6 else 0.0  # the millionth: sums of floats must not cost the last of the burst
+
     def charge(self, address: str, now: float) -> float:
         """Counts a failure and returns 0, or counts nothing and returns the seconds until one is allowed again."""
-        source = _source(address)
-        debt = self._debt(source, now) + self._interval
-        # the millionth: sums of floats must not cost the last of the burst
-        if debt > self._per + 1e-6:
-            return debt - self._per
-        self._full_at[source] = now + debt
-        self._full_at.move_to_end(source)
+        wait = self.wait(address, now)
+        if wait:
+            return wait
+        who = source(address)
+        self._full_at[who] = now + self._debt(who, now) + self._interval
+        self._full_at.move_to_end(who)
         if len(self._full_at) > self._addresses:
             self._full_at.popitem(last=False)
         return 0.0
 
-    def refund(self, address: str, now: float) -> None:
-        """Takes back a charge made before the outcome was known."""
-        source = _source(address)
-        if source in self._full_at:
-            self._full_at[source] = now + max(0.0, self._debt(source, now) - self._interval)
-
     def __len__(self) -> int:
         return len(self._full_at)
 
-    def _debt(self, source: str, now: float) -> float:
+    def _debt(self, who: str, now: float) -> float:
         # at most a whole burst, or a clock set back would lock an address out for as long
-        return min(self._per, max(0.0, self._full_at.get(source, now) - now))
+        return min(self._per, max(0.0, self._full_at.get(who, now) - now))
 
 
-def _source(address: str) -> str:
+def source(address: str) -> str:
     """Who counts as one: an IPv4 address, or an IPv6 /64, which is what one customer is given."""
     try:
         parsed = ipaddress.ip_address(address.partition("%")[0])

@@ -162,7 +162,7 @@ def with_secret(line: Line, stored: str, expires: float | None) -> str:
 
 def parse_time(text: str) -> float:
     """ISO 8601 to Unix time; naive is UTC. Raises ValueError."""
-    local = datetime.fromisoformat(text)
+    local = datetime.fromisoformat(text.upper())  # RFC 3339 allows t and z
     moment = (local if local.tzinfo else local.replace(tzinfo=UTC)).timestamp()
     format_time(moment)  # 9999-12-31T23:59-08:00 is one that could not be told in UTC
     return moment

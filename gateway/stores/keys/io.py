@@ -32,7 +32,7 @@ _HEADER = b"""\
 # Written by `corral keys`, and may be edited by hand; the gateway sees a change within 2 seconds.
 """
 
-Signature = tuple[int, int, int, int, int]
+Signature = tuple[int, int, int, int, int, int]
 
 
 class KeyFileBusy(TimeoutError):
@@ -41,11 +41,25 @@ class KeyFileBusy(TimeoutError):
 
 def signature(found: os.stat_result) -> Signature:
     """What changes when the file does; ctime too, since mtime and size survive `cp -p` and `touch -r`."""
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_nlink
 
 
 def modified(found: Signature) -> float:
     return found[3] / 1e9
+
+
+def is_empty(found: Signature) -> bool:
+    return found[2] == 0
+
+
+def is_cut_off(path: Path, read: Signature) -> bool:
+    """Whether the path leads to a file that is in no folder any more, as a mount of it does when it was replaced."""
+    if read[5]:
+        return False
+    try:
+        return path.stat().st_nlink == 0  # else it was replaced here while it was read
+    except OSError:
+        return False
 
 
 def read(path: Path, *, wait: float = 1.0) -> tuple[bytes, Signature]:

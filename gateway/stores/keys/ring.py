@@ -7,19 +7,17 @@ import contextlib
 import hashlib
 import logging
 import secrets
-import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from gateway.errors import ExpiredKey, InvalidKey, MissingKey, RateLimitExceeded
-from gateway.stores.keys import hashes
 from gateway.stores.keys import io as keyio
-from gateway.stores.keys.failures import Failures
+from gateway.stores.keys.failures import Failures, source
 from gateway.stores.keys.file import SCOPES, Key, Priority, format_time
 from gateway.stores.keys.table import Table, keyed
+from gateway.stores.keys.verify import Verifier
 
 __all__ = ["SCOPES", "Key", "KeyRing", "Priority", "ReloadReport", "RingView", "presented"]
 
@@ -27,10 +25,11 @@ POLL_SECONDS = 0.5
 SETTLE_SECONDS = 0.25
 # A file that changes all the time (keys made in a loop) is read after as many looks, or nobody would see the first key.
 MAX_LOOKS = 3
+# An empty file is believed after as many looks, 1.2 s: some tools truncate well before they write.
+EMPTY_LOOKS = 5
 LOCK_SECONDS = 1.0
 # A younger change may be followed by one with the same time stamp: ticks are 4 ms, on some disks 2 s.
 FRESH_SECONDS = 3.0
-MAX_VERIFYING = 64
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ class RingView:
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """What was last seen of the file; with an error, `content` stays that of the last good reading."""
+    """What was last seen of the file; where it could not be read, `content` stays that of the last good reading."""
 
     at: float
     signature: keyio.Signature | None = None
@@ -74,17 +73,18 @@ class _Reading:
 
 @dataclass(frozen=True, slots=True)
 class _Unsettled:
-    """A change that was noticed, and on how many looks the file had changed yet again."""
+    """A change that was noticed, on how many looks the file had changed yet again, and on how many it was empty."""
 
     signature: keyio.Signature
     looks: int = 1
+    empty: int = 0
 
 
 class KeyRing:
     """The keys of `path` and of `API_KEY` (`env`), loaded when made; `watching()` keeps them as the file is.
 
-    Belongs to the event loop's thread. Only failures are throttled, per address: a key that was used before, or whose
-    hash is cheap, works from anywhere, whatever that address did.
+    Belongs to the event loop's thread. Only failures are throttled, per address: a right key works from anywhere,
+    whatever that address did. One that was never used, and whose hash is dear, may have to wait for its turn.
     """
 
     def __init__(
@@ -101,8 +101,7 @@ class KeyRing:
         self._failures = Failures() if failures is None else failures
         self._boot_key = secrets.token_bytes(32)
         self._callbacks: list[Callable[[ReloadReport], None]] = []
-        self._pool: ThreadPoolExecutor | None = None
-        self._closed = threading.Event()
+        self._verifier = Verifier(lambda address: self._failures.wait(address, self._now()) > 0)
         self._unsettled: _Unsettled | None = None
         self._table = Table.build(self._boot_key, path, b"", self._env)
         self._reading = _Reading(at=now())
@@ -118,20 +117,26 @@ class KeyRing:
         return key
 
     async def authenticate(self, secret: str | None, address: str, now: float | None = None) -> Key:
-        """The key behind a secret. Raises MissingKey, InvalidKey, ExpiredKey, or RateLimitExceeded after too many
-        failures from this address."""
+        """The key behind a secret. Raises MissingKey, InvalidKey, ExpiredKey, and RateLimitExceeded: for a wrong one
+        after too many failures from this address, or where too many wait for a slow hash."""
         if not secret:
             raise MissingKey("no API key was sent; send Authorization: Bearer KEY, or x-api-key: KEY")
-        at = self._now() if now is None else now
         digest = keyed(self._boot_key, secret)
         while True:
             table = self._table
             key = table.fast.get(digest) or table.recognise(digest, secret)
-            if key is None:
-                key = await self._prove(table, digest, secret, address, at)
+            if key is None and not table.hopeless(digest, secret):
+                stored = await self._verifier.verify(table, digest, secret, source(address))
+                key = table.slow[stored] if stored is not None else None
             if table is self._table:  # else the keys changed while the hash was computed
                 break
+        at = self._now() if now is None else now
         if key is None:
+            wait = self._failures.charge(address, at)
+            if wait:
+                raise RateLimitExceeded(
+                    f"too many wrong API keys from {address}; try again in {max(1, round(wait))} s", retry_after=wait
+                )
             raise InvalidKey("this API key is not known here; check it, or ask the operator for one")
         if key.expires is not None and key.expired(at):
             raise ExpiredKey(
@@ -155,36 +160,6 @@ class KeyRing:
 
     def view(self) -> RingView:
         return RingView(keys=len(self._table.keys), usable=self.usable)
-
-    async def _prove(self, table: Table, digest: bytes, secret: str, address: str, at: float) -> Key | None:
-        """A chosen key's first use: the slow hashes are tried in a thread, once for all who wait for that secret."""
-        # paid in advance, or a hundred guesses sent at once would all be computed
-        wait = self._failures.charge(address, at)
-        if wait:
-            raise RateLimitExceeded(
-                f"too many wrong API keys from {address}; try again in {max(1, round(wait))} s", retry_after=wait
-            )
-        if table.hopeless(digest, secret):
-            return None
-        pending = table.verifying.get(digest) or self._verify(table, digest, secret)
-        if pending is None:
-            self._failures.refund(address, at)
-            raise RateLimitExceeded("too many API keys are being checked at this moment; try again", retry_after=1)
-        stored = await asyncio.shield(pending)  # a client that leaves must not take the answer from the others
-        if stored is not None or table is not self._table:
-            self._failures.refund(address, at)
-        return table.slow[stored] if stored is not None else None
-
-    def _verify(self, table: Table, digest: bytes, secret: str) -> asyncio.Future[str | None] | None:
-        if len(table.verifying) >= MAX_VERIFYING:
-            return None
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="key-hash")
-        loop = asyncio.get_running_loop()
-        pending = loop.run_in_executor(self._pool, _first_match, secret, tuple(table.slow), self._closed)
-        table.verifying[digest] = pending
-        pending.add_done_callback(lambda done: table.settle(digest, done))
-        return pending
 
     # Following the file
 
@@ -230,9 +205,7 @@ class KeyRing:
             self.close()
 
     def close(self) -> None:
-        self._closed.set()
-        if self._pool:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._verifier.close()
 
     def _look(self, last: _Reading, unsettled: _Unsettled | None) -> _Reading | _Unsettled | None:
         """None: nothing new. Runs in a thread, so it changes nothing."""
@@ -244,9 +217,11 @@ class KeyRing:
             return self._read(last, LOCK_SECONDS)
         if seen != last.signature:
             if unsettled is None:
-                return _Unsettled(seen)
+                return _Unsettled(seen, empty=int(keyio.is_empty(seen)))
+            if keyio.is_empty(seen) and unsettled.empty < EMPTY_LOOKS:
+                return _Unsettled(seen, unsettled.looks, unsettled.empty + 1)
             if unsettled.signature != seen and unsettled.looks < MAX_LOOKS:
-                return _Unsettled(seen, unsettled.looks + 1)
+                return _Unsettled(seen, unsettled.looks + 1, unsettled.empty)
         elif last.at - keyio.modified(seen) > FRESH_SECONDS:
             return None
         return self._read(last, LOCK_SECONDS)
@@ -271,9 +246,16 @@ class KeyRing:
         except OSError as error:
             return _Reading(at, content=last.content, error=self._complaint(error, last))
         content = hashlib.sha256(data).digest()
-        if content == last.content:
-            return _Reading(at, signature, content)
-        return _Reading(at, signature, content, table=Table.build(self._boot_key, self._path, data, self._env))
+        table = None if content == last.content else Table.build(self._boot_key, self._path, data, self._env)
+        return _Reading(at, signature, content, self._cut_off(signature), table)
+
+    def _cut_off(self, read: keyio.Signature) -> str | None:
+        if self._path is None or not keyio.is_cut_off(self._path, read):
+            return None
+        return (
+            f"{self._path} is mounted, and outside another file has taken its place or it was deleted: no change made "
+            "there is seen any more, and the keys last read stay in force; mount its folder instead, and start anew"
+        )
 
     def _complaint(self, error: OSError, last: _Reading) -> str | None:
         missing = isinstance(error, FileNotFoundError)
@@ -293,7 +275,3 @@ class KeyRing:
         for callback in self._callbacks:
             callback(report)
         return report
-
-
-def _first_match(secret: str, stored: tuple[str, ...], closed: threading.Event) -> str | None:
-    return next((each for each in stored if not closed.is_set() and hashes.matches(each, secret)), None)

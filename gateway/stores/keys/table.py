@@ -66,6 +66,11 @@ class Table:
         """Whether no slow hash needs to be computed to know that a secret, not recognised, is wrong."""
         return not self.slow or digest in self.refused or len(secret) > MAX_SECRET
 
+    def slow_in_order(self) -> list[str]:
+        """The slow hashes, those first whose secret nobody has used yet: a new secret is hardly one of the others."""
+        used = set(self.proven.values())
+        return sorted(self.slow, key=used.__contains__)
+
     def settle(self, digest: bytes, done: asyncio.Future[str | None]) -> None:
         """Remembers what the slow hashes said, though everyone who waited for it may have left."""
         self.verifying.pop(digest, None)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from itertools import islice
 from typing import Protocol
@@ -16,6 +16,7 @@ from gateway.overuse import (
     never_so_many_tokens,
     out_of_quota,
     too_many_at_once,
+    too_many_held,
     too_many_requests,
     too_many_tokens,
 )
@@ -52,6 +53,7 @@ class Limit(IntEnum):
     TOKENS = 2
     CONCURRENCY = 3
     BUDGET = 4
+    HELD = 5  # the budget would do, but requests that run may need it yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +66,22 @@ class Standing:
     tokens: int
     reset: float  # seconds until the window's oldest leaves
     used: int  # tokens of the day
+    gateways: int = 1  # among which each limit is divided
+
+    def without(self, claim: Claim) -> Standing:
+        """As it was without this one, which was let in."""
+        requests = self.requests - _counts(claim)
+        tokens = self.tokens - (claim.tokens if claim.tpm else 0)
+        return replace(self, requests=requests, tokens=tokens, reset=self.reset if requests else 0.0)
 
     def headers(self, claim: Claim) -> Headers:
         told: Headers = ()
         for what, most, counted in (("requests", claim.rpm, self.requests), ("tokens", claim.tpm, self.tokens)):
             if most:
+                share = max(1, most // self.gateways)
                 told += (
                     (f"x-ratelimit-limit-{what}", str(most)),
-                    (f"x-ratelimit-remaining-{what}", str(max(0, most - counted))),
+                    (f"x-ratelimit-remaining-{what}", str(max(0, share - counted))),
                     (f"x-ratelimit-reset-{what}", f"{math.ceil(self.reset)}s"),
                 )
         return told
@@ -87,6 +97,8 @@ class Standing:
             return too_many_requests(claim.rpm, self.wait, told)
         if self.limit is Limit.TOKENS:
             return too_many_tokens(claim.tpm, claim.tokens, self.wait, told)
+        if self.limit is Limit.HELD:
+            return too_many_held(claim.budget, claim.tokens, self.wait, told)
         return too_many_at_once(claim.concurrency, self.wait, told)
 
 
@@ -114,7 +126,7 @@ class Admission:
             id=number,
             caller=claim.caller,
             at=now,
-            counted=bool(claim.rpm or claim.tpm),
+            counted=_counts(claim),
             leased=bool(claim.concurrency or claim.budget),
             weight=claim.tokens if claim.tpm else 0,
             held=claim.tokens if claim.budget else 0,
@@ -259,25 +271,36 @@ def alone(claim: Claim, own: Own, gateways: int, now: float, wall: float) -> Sta
     def standing(limit: Limit, wait: float | None) -> Standing:
         oldest = next(iter(own.window.values()), None)
         reset = oldest.at + WINDOW_SECONDS - now if oldest else 0.0
-        return Standing(limit, wait, requests, tokens, reset, own.spent)
+        return Standing(limit, wait, requests, tokens, reset, own.spent, gateways)
 
-    if claim.budget:
-        mine, left = own.pending + own.alone + own.held, claim.budget - own.used
-        if left <= 0 or mine + claim.tokens > (left if not mine else left // gateways):
-            return standing(Limit.BUDGET, DAY_SECONDS - wall % DAY_SECONDS)
+    if claim.budget and not _affordable(claim, own, gateways, held=0):
+        return standing(Limit.BUDGET, DAY_SECONDS - wall % DAY_SECONDS)
     if claim.tpm and claim.tokens > claim.tpm:
         return standing(Limit.TOKENS, None)
     request_wait = _request_wait(own, max(1, claim.rpm // gateways), now) if claim.rpm else 0.0
-    token_wait = _token_wait(own, claim.tokens, claim.tpm // gateways, now) if claim.tpm else 0.0
+    token_wait = _token_wait(own, claim.tokens, claim.tpm // gateways, now) if claim.tpm and claim.tokens else 0.0
     if request_wait > 0 and request_wait >= token_wait:
         return standing(Limit.REQUESTS, request_wait)
     if token_wait > 0:
         return standing(Limit.TOKENS, token_wait)
     if claim.concurrency and len(own.leases) >= max(1, claim.concurrency // gateways):
         return standing(Limit.CONCURRENCY, LEASE_WAIT)
-    requests += bool(claim.rpm or claim.tpm)
+    if claim.budget and not _affordable(claim, own, gateways, held=own.held):
+        return standing(Limit.HELD, LEASE_WAIT)
+    requests += _counts(claim)
     tokens += claim.tokens if claim.tpm else 0
     return standing(Limit.NONE, 0.0)
+
+
+def _counts(claim: Claim) -> bool:
+    """Whether it has a place in the window."""
+    return bool(claim.rpm or (claim.tpm and claim.tokens))
+
+
+def _affordable(claim: Claim, own: Own, gateways: int, held: int) -> bool:
+    """Whether this gateway's part of the day's budget will do, with `held` tokens kept for those that run."""
+    mine, left = own.pending + own.alone + held, claim.budget - own.used
+    return left > 0 and mine + claim.tokens <= (left // gateways if mine else left)
 
 
 def _request_wait(own: Own, share: int, now: float) -> float:

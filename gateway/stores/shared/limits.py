@@ -65,7 +65,7 @@ class SharedReservation:
         self.claim = claim
 
     def headers(self) -> Headers:
-        """`x-ratelimit-*`, as it was when the request was let in."""
+        """`x-ratelimit-*`, as it was when the request was let in; after a refund, as it was without it."""
         return self._standing.headers(self.claim) if self._standing else ()
 
     def settle(self, used: int) -> None:
@@ -79,6 +79,8 @@ class SharedReservation:
         admission, self._admission = self._admission, None
         if admission is not None and self._limits is not None:
             self._limits.refund(admission)
+            if self._standing is not None:
+                self._standing = self._standing.without(self.claim)
 
     def __del__(self) -> None:
         if self._admission is not None and self._limits is not None:

@@ -76,7 +76,7 @@ local id = ARGV[1]
 local rpm, tpm, most, budget, tokens, lease =
   tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local requests, open = trim(W, now - WINDOW, 'window'), trim(L, now, 'leases')
-local counted = sum('window')
+local counted, spent, held = sum('window'), used(), sum('leases')
 
 local function left_at(index)
   return tonumber(redis.call('ZRANGE', W, index, index, 'WITHSCORES')[2]) + WINDOW - now
@@ -85,7 +85,7 @@ end
 local function answer(kind, wait)
   local reset = 0
   if requests > 0 then reset = left_at(0) end
-  return {kind, wait, requests, counted, reset, day, used()}
+  return {kind, wait, requests, counted, reset, day, spent}
 end
 
 local function until_free(needed)
@@ -99,18 +99,19 @@ local function until_free(needed)
   return WINDOW
 end
 
-if budget > 0 and (used() + sum('leases') >= budget or used() + sum('leases') + tokens > budget) then
+if budget > 0 and (spent >= budget or spent + tokens > budget) then
   return answer(4, ((day + 1) * 86400) * 1000000 - now)
 end
 local request_wait, token_wait = 0, 0
 if rpm > 0 and requests >= rpm then request_wait = left_at(requests - rpm) end
 if tpm > 0 and tokens > tpm then return answer(2, -1) end
-if tpm > 0 and counted + tokens > tpm then token_wait = until_free(counted + tokens - tpm) end
+if tpm > 0 and tokens > 0 and counted + tokens > tpm then token_wait = until_free(counted + tokens - tpm) end
 if request_wait > 0 and request_wait >= token_wait then return answer(1, request_wait) end
 if token_wait > 0 then return answer(2, token_wait) end
 if most > 0 and open >= most then return answer(3, 1000000) end
+if budget > 0 and (spent + held >= budget or spent + held + tokens > budget) then return answer(5, 1000000) end
 
-if rpm > 0 or tpm > 0 then
+if rpm > 0 or (tpm > 0 and tokens > 0) then
   local counts = 0
   if tpm > 0 then counts = tokens end
   if redis.call('ZADD', W, 'NX', now, id .. ':' .. string.format('%d', counts)) == 1 then

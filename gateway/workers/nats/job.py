@@ -18,6 +18,7 @@ from gateway.pipeline.plain import Plain, fill_call, plain_job, template_of, tra
 from gateway.pipeline.routes import max_wait, priority
 from gateway.stores.keys.file import Key
 
+_TRIES = "tries."
 MOST_ID_CHARACTERS = 256
 MOST_SUBJECT_CHARACTERS = 512
 _SUBJECT = re.compile(r"(?!\$)[!-)+-\-/-=?-~]+(\.[!-)+-\-/-=?-~]+)*")  # ASCII that one sees, but for * and >
@@ -32,6 +33,7 @@ class Delivery:
     data: bytes
     headers: Mapping[str, str]
     deliveries: int  # this one included
+    sequence: int  # in the stream
     key: str  # of what is written down about it
     fallback_id: str  # for a job that brings none
     published: float
@@ -45,10 +47,16 @@ class Delivery:
             data=message.data,
             headers=message.headers or {},
             deliveries=about.num_delivered,
-            key=f"tries.{name}",
+            sequence=about.sequence.stream,
+            key=f"{_TRIES}{name}",
             fallback_id=f"job-{name}",
             published=about.timestamp.timestamp(),
         )
+
+    @staticmethod
+    def sequence_in(key: str) -> int:
+        """Of the message that has this key."""
+        return int(key.removeprefix(_TRIES).partition("-")[0])
 
 
 @dataclass(eq=False, slots=True)

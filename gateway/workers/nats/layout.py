@@ -67,6 +67,12 @@ async def lay_out(js: JetStreamContext, warn: Warn) -> KeyValue:
             return await js.create_key_value(KeyValueConfig(bucket=BUCKET, description=about, ttl=REMEMBERED_SECONDS))
 
 
+async def last_sequence(js: JetStreamContext) -> int:
+    """Of the jobs that were ever sent. Raises Away."""
+    with reaching():
+        return (await js.stream_info(JOBS)).state.last_seq
+
+
 async def _ensure_stream(js: JetStreamContext, wanted: StreamConfig, warn: Warn) -> None:
     assert wanted.name and wanted.subjects
     try:

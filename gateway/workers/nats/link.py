@@ -28,6 +28,7 @@ LONGEST_PAUSE = 15.0
 CLOSE_SECONDS = 2.0
 HURRY_SECONDS = 0.3  # for the same when the service ends; a client that was just connecting may never be done with it
 MOST_REFUSALS = 10
+MEND_AFTER = 2  # refusals
 
 
 class Away(Exception):
@@ -104,10 +105,15 @@ class Link:
     def new_inbox(self) -> str:
         return self._client.new_inbox()
 
-    async def surely(self, work: Callable[[], Awaitable[T]], seconds: float = float("inf")) -> T:
-        """What `work` gives, tried until NATS is there.
+    async def surely(
+        self,
+        work: Callable[[], Awaitable[T]],
+        seconds: float = float("inf"),
+        mend: Callable[[], Awaitable[None]] | None = None,
+    ) -> T:
+        """What `work` gives, tried until NATS is there; where it is there and refuses, `mend` is awaited once.
 
-        Raises Away when `seconds` are over, and where NATS is there and refuses it again and again.
+        Raises Away when `seconds` are over, and where NATS refuses it again and again.
         """
         loop = asyncio.get_running_loop()
         end, refused = loop.time() + seconds, 0
@@ -116,11 +122,15 @@ class Link:
                 with reaching():
                     return await work()
             except Away as error:
-                refused += self.up.is_set()
+                there = self.up.is_set()
+                refused += there
                 left = end - loop.time()
                 if left <= 0 or refused >= MOST_REFUSALS:
                     raise
                 log.debug("NATS: %s; it is tried again", error)
+                if there and refused == MEND_AFTER and mend is not None:
+                    with contextlib.suppress(Away):
+                        await mend()
                 await asyncio.sleep(min(left, RETRY_SECONDS))
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(end - loop.time() if seconds < float("inf") else None):

@@ -51,6 +51,10 @@ class Store:
                 pass
         return await self._get(key) or body
 
+    async def claim(self, key: str, owner: str) -> str:
+        """Who has it: `owner`, unless somebody else was first."""
+        return (await self.keep_answer(key, owner.encode())).decode()
+
     async def attempts(self, key: str) -> Attempts:
         return attempts_in(await self._get(key))
 

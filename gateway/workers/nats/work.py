@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,6 @@ from gateway.pipeline.turns import LARGE_BYTES
 from gateway.runtime import Runtime
 from gateway.stores.keys.file import Key
 from gateway.workers.jobs import (
-    MOST_FAILURES,
     Attempts,
     Cancelled,
     Kind,
@@ -37,9 +36,8 @@ from gateway.workers.jobs import (
     given_up,
     kind_of,
     pause_before_next,
-    why_failed,
 )
-from gateway.workers.nats.job import InHand, Job, call_for, is_reply_subject, names_in, read_job, route_of
+from gateway.workers.nats.job import Delivery, InHand, Job, call_for, names_in, read_job, route_of
 from gateway.workers.nats.layout import DEAD_SUBJECT, REQUEST_SUBJECT
 from gateway.workers.nats.link import Away, Link
 from gateway.workers.nats.store import Store, answer_key
@@ -59,7 +57,8 @@ class Means:
     store: Callable[[], Store]
     key: Callable[[], Key | None]  # whose limits count
     worker: str  # who we are, in what is written down
-    reply_of: Callable[[str, bytes], str | None]  # for a job that names no subject for its answer
+    lay_out: Callable[[], Awaitable[None]]  # makes anew in NATS what is missing there
+    reply_of: Callable[[str, Delivery], Awaitable[str | None]]  # for a job that names no subject for its answer
     unwanted: Callable[[str, float], bool]  # was a job cancelled, by its id, that was published then?
     ending: Callable[[], bool]  # the service ends, and what still runs is cut
     count: Callable[[str], None]  # how a delivery ended
@@ -73,14 +72,14 @@ class Work:
     async def do(self) -> None:
         """Raises Away where the service ends before NATS is back; the job is then delivered again."""
         means, delivery = self._means, self._hand.delivery
-        self._hand.req_id, self._hand.reply_to = self._names()
         attempts = Attempts()
         if delivery.deliveries > 1:
             attempts = await self._surely(lambda: means.store().attempts(delivery.key))
-            if attempts.answer is not None:
-                return await self._end(attempts)
-        reason = given_up(attempts, delivery.deliveries, time.time() - delivery.published, self._hand.ack_wait)
-        if reason is not None:
+        await self._name(attempts)
+        if attempts.answer is not None:
+            return await self._end(attempts)
+        reason = given_up(attempts, delivery.deliveries - 1)
+        if reason is not None and not await self._is_answered():
             return await self._give_up(attempts, reason)
         if means.ending():
             return await self._after(attempts, ShuttingDown("the service is shutting down"))
@@ -95,14 +94,23 @@ class Work:
         await self._say(b"+ACK")
         means.count("answered")
 
-    def _names(self) -> tuple[str, str | None]:
+    async def _name(self, attempts: Attempts) -> None:
         """The job's id and where its answer goes, also of a job that cannot be used otherwise."""
-        delivery = self._hand.delivery
+        hand, delivery = self._hand, self._hand.delivery
         own, reply_to = names_in(delivery.data)
-        heard = self._means.reply_of(REQUEST_SUBJECT + self._subject, delivery.data)
-        if heard is not None and not is_reply_subject(heard):
-            heard = None
-        return own or delivery.fallback_id, reply_to or heard
+        hand.req_id, hand.reply_to = own or delivery.fallback_id, reply_to or attempts.reply_to
+        if hand.reply_to is None:
+            hand.reply_to = await self._surely(lambda: self._means.reply_of(REQUEST_SUBJECT + self._subject, delivery))
+
+    async def _is_answered(self) -> bool:
+        """Whether an earlier delivery was, and only the last word on it was lost."""
+        means, hand = self._means, self._hand
+        try:
+            job = read_job(hand.delivery, means.runtime.settings.max_request_body_size)
+        except CorralError:
+            return False
+        key = answer_key(hand.model, hand.req_id, job.fields)
+        return await self._surely(lambda: means.store().answer(key)) is not None
 
     async def _answered(self) -> tuple[bytes, str]:
         """The answer, and what it is kept under; that of an earlier try where there is one. Raises CorralError."""
@@ -201,8 +209,8 @@ class Work:
         attempts = attempts.gave_back() if kind is Kind.RETURNED else attempts.failed(error, means.worker, time.time())
         means.count(kind)
         pause = pause_before_next(kind, error, len(attempts.failures))
-        if kind is Kind.FAILED and len(attempts.failures) >= MOST_FAILURES:
-            return await self._give_up(attempts, why_failed(attempts), error)
+        if kind is Kind.FAILED and (reason := given_up(attempts, self._hand.delivery.deliveries)) is not None:
+            return await self._give_up(attempts, reason, error)
         if kind is Kind.RETURNED and pause:
             means.slow_down(self._hand.model, pause)
         await self._keep(attempts)
@@ -265,10 +273,12 @@ class Work:
 
     async def _keep(self, attempts: Attempts) -> None:
         store, key = self._means.store, self._hand.delivery.key
+        attempts = replace(attempts, reply_to=self._hand.reply_to)
         await self._surely(lambda: store().keep_attempts(key, attempts))
 
     async def _surely(self, work: Callable[[], Any]) -> Any:
-        return await self._means.link.surely(work, 3.0 if self._means.ending() else float("inf"))
+        means = self._means
+        return await means.link.surely(work, 3.0 if means.ending() else float("inf"), means.lay_out)
 
 
 def _header(text: str) -> str:

@@ -24,7 +24,7 @@ from gateway.stores.keys.file import Key
 from gateway.workers.nats.cancel import Cancels
 from gateway.workers.nats.health import Health, Served
 from gateway.workers.nats.job import Delivery, InHand
-from gateway.workers.nats.layout import CANCEL_SUBJECT, REQUEST_SUBJECT, ensure_consumer, lay_out
+from gateway.workers.nats.layout import CANCEL_SUBJECT, REQUEST_SUBJECT, ensure_consumer, last_sequence, lay_out
 from gateway.workers.nats.link import Away, Link, servers_of
 from gateway.workers.nats.pull import LOOK_SECONDS, Puller, Room
 from gateway.workers.nats.replies import Replies
@@ -69,7 +69,7 @@ class Worker:
         )
         self._store: Store | None = None
         self._cancels = Cancels(self.link)
-        self._replies = Replies()
+        self._replies = Replies(self._the_store)
         self._models: dict[str, _Model] = {}  # by the name in subjects
         self._registry: object = None
         self._hands: set[InHand] = set()  # of models that are not configured any more, too
@@ -84,7 +84,8 @@ class Worker:
             store=self._the_store,
             key=self._key,
             worker=self.name,
-            reply_of=self._replies.take,
+            lay_out=self._lay_out,
+            reply_of=self._replies.of,
             unwanted=self._cancels.unwanted,
             ending=lambda: self._ending or self._draining,
             count=lambda result: runtime.metrics.nats_jobs.labels(result).inc(),
@@ -119,7 +120,7 @@ class Worker:
 
     async def _ready(self) -> None:
         """There is a new connection."""
-        self._store = Store(await lay_out(self.link.js, self._warn))
+        await self._lay_out()
         await self.link.subscribe(f"{CANCEL_SUBJECT}>", self._cancel)
         await self.link.subscribe(f"{REQUEST_SUBJECT}*", self._replies.heard)
         await self._cancels.learn()
@@ -129,8 +130,12 @@ class Worker:
 
     async def consumer(self, name: str) -> float:
         """See to it that it is there; gives its ack wait in seconds. Raises Away."""
-        await lay_out(self.link.js, self._warn)
+        await self._lay_out()
         return await ensure_consumer(self.link.js, name, self._warn)
+
+    async def _lay_out(self) -> None:
+        self._store = Store(await lay_out(self.link.js, self._warn))
+        self._replies.stream_is_at(await last_sequence(self.link.js))
 
     def _warn(self, problem: str) -> None:
         if problem not in self._warned:

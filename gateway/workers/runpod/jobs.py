@@ -4,7 +4,8 @@ A job's input has one of three forms:
 
 - OpenAI's, by its route: `{"openai_route": "/v1/chat/completions", "openai_input": {…}}`. The output is what the route
   answers: its object, or the stream's own lines as text.
-- plain, as at the other doors (pipeline/plain.py): `{"input" | "prompt" | "messages", "params": {…}, "stream"}`.
+- plain, as at the other doors (pipeline/plain.py): `{"input" | "prompt" | "messages", "params": {…}, "stream"}`; also
+  as the body of /v1/completions, as over HTTP.
 - plain, as RunPod's vLLM worker takes it: `{"prompt" | "messages", "sampling_params": {…}, "apply_chat_template"}`.
 
 Both plain forms get the same outputs, which hold what clients of either look for.
@@ -27,13 +28,14 @@ from gateway.pipeline.plain import (
     Text,
     Told,
     fill_call,
+    is_plain,
     plain_answer,
     plain_job,
     plain_token,
     template_of,
     told_in,
 )
-from gateway.pipeline.routes import ROUTES
+from gateway.pipeline.routes import INFER, ROUTES
 from gateway.pipeline.usage import Usage
 
 MODELS_ROUTE = "/v1/models"
@@ -99,9 +101,14 @@ def _by_route(given: dict[str, Any], size: int) -> Asked:
         return Asked(size, models=True)
     if route not in ROUTES or ROUTES[route].dialect is Dialect.TRANSCRIPTIONS:
         raise NotFound(f"there is no {route[:200]!r} for jobs: such as /v1/chat/completions", param="openai_route")
+    if route == INFER:
+        raise NotFound("/infer is no openai_route: send its fields as the job's input", param="openai_route")
     if not isinstance(given.get("openai_input"), dict):
         raise BadRequest("openai_input must be an object: the body for openai_route", param="openai_input")
-    return Asked(size, template=route, body=_encoded(given["openai_input"]))
+    body = _encoded(given["openai_input"])
+    if ROUTES[route].dialect is Dialect.COMPLETIONS and is_plain(fields := parse_json_object(body)):
+        return Asked(size, plain=plain_job(fields))
+    return Asked(size, template=route, body=body)
 
 
 def _from_vllm(fields: Fields) -> Fields:
