@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -29,11 +30,15 @@ async def test_calls_per_request(tmp_path: Path) -> None:
     async with house(tmp_path) as (_, port):
         one = await client(port)
         await answered(one, request(SMALL), 3)
-        with counting() as found:
-            await answered(one, request(SMALL), REQUESTS)
+        rounds = []  # on a busy machine a round takes so long that the house's own ticks come in between
+        for _ in range(3):
+            with counting() as found:
+                await answered(one, request(SMALL), REQUESTS)
+            rounds.append(found)
         one.transport.close()
-    assert found["inference.py:infer"] >= REQUESTS, "the calls are not seen"
-    assert found.total() / REQUESTS < CALLS_PER_REQUEST, found.most_common(40)
+    least = min(rounds, key=Counter.total)
+    assert least["inference.py:infer"] >= REQUESTS, "the calls are not seen"
+    assert least.total() / REQUESTS < CALLS_PER_REQUEST, least.most_common(40)
 
 
 async def test_calls_per_token(tmp_path: Path) -> None:
