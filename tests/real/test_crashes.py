@@ -73,7 +73,7 @@ def test_llama_server_killed_in_the_middle_of_a_stream(tmp_path: Path, slow_mode
 def test_a_request_whose_server_died_before_the_first_byte_is_tried_once_more(tmp_path: Path, slow_model: Path) -> None:
     with running_gateway(tmp_path, MODEL_PATH=str(slow_model), EXTRA_ARGS="-b 32") as gateway:
         first = gateway.model()["pid"]
-        with stream(gateway, "word " * 400, tokens=4) as connection:
+        with stream(gateway, "word " * 200, tokens=4) as connection:
             eventually(lambda: gateway.slots_busy() == 1)
             os.kill(first, signal.SIGKILL)
             received, clean = read_to_the_end(connection.getresponse())

@@ -411,9 +411,7 @@ ws ::= ([ \t\n]+)
 TWOFOLD = 'root ::= "a" root "b" | "a" root "c"'
 NESTING = {
     "without end": TWOFOLD,
-    "with a way out": f'{TWOFOLD} | "d"',
     "out of many": f'{TWOFOLD} | "d" | "e" | "f" | "g"',
-    "through another": 'root ::= "x" other\nother ::= "a" root "b" | "a" root "c" | "d"',
     "forty rules": "root ::= r0\nr40 ::= []\n"
     + "".join(f'r{i} ::= "a" r{i + 1} "b" | "a" r{i + 1} "c"\n' for i in range(40)),
 }
