@@ -29,7 +29,7 @@ class LocalOwner(Living):
         if self._off.is_set():
             self._wanted = bool(self.leases)
             if self.state is ModelState.CRASHED and not self._wanted:
-                self._set(ModelState.OFF)
+                self._set(ModelState.OFF, error_message=None)
             return
         self._forced |= force
         self._go("it was ejected", "eject")
