@@ -37,29 +37,28 @@ class Process(asyncio.SubprocessProtocol):
         The parent-death signal is set by setpriv and fires when the *thread* that spawned ends: call this from the
         main thread.
         """
-        reader = Output(output)
-        writable = reader.open()
+        reader, prefix = Output(output), parent_death_prefix()
         held_by_guard, held_by_us = os.pipe()
         leash = os.fdopen(held_by_us, "wb", buffering=0)
-        prefix = parent_death_prefix()
-        try:
-            _, process = await asyncio.get_running_loop().subprocess_exec(
-                lambda: cls(reader, leash),
-                *prefix,
-                *argv,
-                env=dict(environment),
-                stdin=held_by_guard if prefix else asyncio.subprocess.DEVNULL,
-                stdout=writable,
-                stderr=asyncio.subprocess.STDOUT,
-                start_new_session=True,
-            )
-        except BaseException:
-            reader.close()
-            leash.close()
-            raise
-        finally:
-            os.close(writable)
-            os.close(held_by_guard)
+        with contextlib.ExitStack() as the_childs:
+            the_childs.callback(os.close, held_by_guard)
+            try:
+                writable = reader.open()
+                the_childs.callback(os.close, writable)
+                _, process = await asyncio.get_running_loop().subprocess_exec(
+                    lambda: cls(reader, leash),
+                    *prefix,
+                    *argv,
+                    env=dict(environment),
+                    stdin=held_by_guard if prefix else asyncio.subprocess.DEVNULL,
+                    stdout=writable,
+                    stderr=asyncio.subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            except BaseException:
+                reader.close()
+                leash.close()
+                raise
         return process
 
     @property

@@ -75,8 +75,12 @@ class Verifier:
             while line:
                 asked = line[0]
                 hashed = asked.table.slow_in_order()
-                found = await loop.run_in_executor(self._pool, _first_match, hashed, asked.secret, self._closed)
-                asked.answer.set_result(found)
+                found = None
+                try:
+                    found = await loop.run_in_executor(self._pool, _first_match, hashed, asked.secret, self._closed)
+                    asked.answer.set_result(found)
+                except Exception as error:  # theirs alone who asked; the line goes on
+                    asked.answer.set_exception(error)
                 line.popleft()
                 rests = found is None and self._throttled(address)
                 await asyncio.sleep(REST_SECONDS if rests else 0)  # 0 is enough for the table to settle it
